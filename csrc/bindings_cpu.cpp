@@ -1,0 +1,231 @@
+// fusedopt._native: the gather and the CPU engine. Nothing but argument passing.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "gather.h"
+#include "rules.h"
+
+namespace py = pybind11;
+using namespace fusedopt;
+
+namespace {
+
+template <class Call>
+auto checked(const Call& call) {
+  try {
+    return call();
+  } catch (const PythonError&) {
+    throw py::error_already_set();
+  }
+}
+
+std::vector<Group> groups_from(const std::vector<std::pair<std::vector<double>, double>>& values) {
+  std::vector<Group> groups;
+  for (const auto& [hyper, grad_factor] : values) {
+    if (hyper.size() > size_t(kMaxHyper)) throw std::invalid_argument("too many hyperparameters");
+    Group group{};
+    std::copy(hyper.begin(), hyper.end(), group.hyper);
+    group.grad_factor = grad_factor;
+    groups.push_back(group);
+  }
+  return groups;
+}
+
+py::list rules() {
+  py::list list;
+#define FUSEDOPT_DESCRIBE(R) \
+  list.append(py::make_tuple(R<float>::kName, R<float>::kHyper, R<float>::kStateNames, R<float>::kStates));
+  namespace isa = fusedopt::FUSEDOPT_ISA;
+  using namespace isa;
+  FUSEDOPT_RULES(FUSEDOPT_DESCRIBE)
+#undef FUSEDOPT_DESCRIBE
+  return list;
+}
+
+// A tensor argument, read and checked. None gives data = null.
+dlpack::Tensor tensor(py::handle object, const char* name, std::initializer_list<Dtype> dtypes) {
+  dlpack::Tensor t{};
+  if (object.is_none()) return t;
+  checked([&] {
+    if (!read_tensor(object.ptr(), &t)) throw std::invalid_argument(std::string(name) + " has no memory that can be read");
+    return 0;
+  });
+  if (t.device.type != dlpack::kCPU) throw std::invalid_argument(std::string(name) + " is not on the CPU");
+  for (Dtype dtype : dtypes)
+    if (dtype_of(t.dtype) == dtype) return t;
+  if (dtypes.size() == 0 && t.dtype.code == dlpack::kInt && t.dtype.bits == 64) return t;
+  throw std::invalid_argument(std::string(name) + " has a dtype that does not fit");
+}
+
+// The row stride of a (rows, classes) matrix with class stride 1.
+int64_t row_stride(const dlpack::Tensor& t, const char* name, int64_t rows, int64_t classes) {
+  if (t.ndim != 2 || t.shape[0] != rows || t.shape[1] != classes || (classes > 1 && t.strides[1] != 1))
+    throw std::invalid_argument(std::string(name) + " must be (rows, classes) with class stride 1");
+  return t.strides[0];
+}
+
+void* vector_of(const dlpack::Tensor& t, const char* name, int64_t n) {
+  if (t.data && (t.ndim != 1 || t.shape[0] != n || (n > 1 && t.strides[0] != 1)))
+    throw std::invalid_argument(std::string(name) + " must be contiguous with " + std::to_string(n) + " elements");
+  return t.data;
+}
+
+struct CrossEntropyCall {
+  py::object logits, target, weight, upstream, grad, loss, lse;
+  double weight_sum, label_smoothing, grad_factor;
+  int64_t ignore_index;
+};
+
+CrossEntropyArgs arguments(const CrossEntropyCall& c) {
+  const auto half = {Dtype::kF64, Dtype::kF32, Dtype::kBF16, Dtype::kF16};
+  const dlpack::Tensor logits = tensor(c.logits, "logits", half);
+  if (logits.ndim != 2) throw std::invalid_argument("logits must be (rows, classes)");
+  CrossEntropyArgs a{};
+  a.dtype = dtype_of(logits.dtype);
+  const auto same = {a.dtype};
+  const auto compute = {a.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32};
+  a.logits = logits.data;
+  a.rows = logits.shape[0];
+  a.classes = logits.shape[1];
+  a.logits_stride = row_stride(logits, "logits", a.rows, a.classes);
+  dlpack::Tensor probe{};
+  checked([&] { return read_tensor(c.target.ptr(), &probe); });
+  if (probe.dtype.code == dlpack::kInt) {
+    a.target = static_cast<const int64_t*>(vector_of(tensor(c.target, "target", {}), "target", a.rows));
+    for (int64_t i = 0; i < a.rows; ++i)
+      if (a.target[i] != c.ignore_index && (a.target[i] < 0 || a.target[i] >= a.classes))
+        throw py::index_error("Target " + std::to_string(a.target[i]) + " is out of bounds.");
+  } else {
+    const dlpack::Tensor probabilities = tensor(c.target, "target", same);
+    a.probabilities = probabilities.data;
+    a.probabilities_stride = row_stride(probabilities, "target", a.rows, a.classes);
+  }
+  a.weight = vector_of(tensor(c.weight, "weight", compute), "weight", a.classes);
+  a.weight_sum = c.weight_sum;
+  a.ignore_index = c.ignore_index;
+  a.label_smoothing = c.label_smoothing;
+  if (!c.grad.is_none()) {
+    const dlpack::Tensor grad = tensor(c.grad, "grad", same);
+    a.grad = grad.data;
+    a.grad_stride = row_stride(grad, "grad", a.rows, a.classes);
+  }
+  a.grad_factor = c.grad_factor;
+  a.upstream = vector_of(tensor(c.upstream, "upstream", compute), "upstream", a.rows);
+  a.loss = vector_of(tensor(c.loss, "loss", compute), "loss", a.rows);
+  a.lse = vector_of(tensor(c.lse, "lse", compute), "lse", a.rows);
+  return a;
+}
+
+int visit_table(PyObject* self, visitproc visit, void* arg) {
+#if PY_VERSION_HEX >= 0x03090000
+  Py_VISIT(Py_TYPE(self));
+#endif
+  if (!py::detail::is_holder_constructed(self)) return 0;
+  return py::cast<Table&>(py::handle(self)).visit(visit, arg);
+}
+
+int clear_table(PyObject* self) {
+  if (py::detail::is_holder_constructed(self)) py::cast<Table&>(py::handle(self)).clear();
+  return 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "fusedopt's native core: tensors in through DLPack, CPU loops.";
+  m.def("rules", rules, "(name, hyperparameters, states, number of states) of every rule, in the order of their index");
+  m.def("has_openmp", has_openmp);
+  m.def("cpu_isa", [] { return std::string(cpu_isa()); }, "The instruction set in use.");
+  m.def("cpu_isas", [] {
+    std::vector<std::string> names;
+    for (const char* const* isa = cpu_isas(); *isa; ++isa) names.emplace_back(*isa);
+    return names;
+  }, "Instruction sets that this build holds and this machine runs, best first.");
+  m.def("use_cpu_isa", [](const std::string& name) { return use_cpu_isa(name.c_str()); });
+  m.def("advise_huge_pages", [](py::handle object) {
+    dlpack::Tensor t;
+    if (!checked([&] { return read_tensor(object.ptr(), &t); }) || t.device.type != dlpack::kCPU) return;
+    int64_t bytes = t.dtype.bits / 8;
+    for (int d = 0; d < t.ndim; ++d) bytes *= t.shape[d];
+    advise_huge_pages(t.data, bytes);
+  }, "Ask for huge pages behind a contiguous CPU tensor that has not been touched yet.");
+  m.def("obstacle", [](py::handle object) -> std::string {
+    dlpack::Tensor t;
+    if (!checked([&] { return read_tensor(object.ptr(), &t); })) return "no memory of its own (meta, fake or wrapper tensor)";
+    return is_dense(t) ? "" : "strides with gaps or overlaps";
+  });
+  m.def("cpu_can_step", [](int rule, const std::string& param, const std::string& grad, const std::string& state) {
+    const auto named = [](const std::string& name) {
+      return name == "float64" ? Dtype::kF64 : name == "float32" ? Dtype::kF32 : name == "bfloat16" ? Dtype::kBF16
+             : name == "float16" ? Dtype::kF16 : Dtype::kOther;
+    };
+    Launch launch{};
+    launch.rule = rule;
+    launch.param = named(param);
+    launch.grad = named(grad);
+    launch.state = named(state);
+    return cpu_can_step(launch);
+  });
+
+  py::class_<Table>(m, "Table", py::custom_type_setup([](PyHeapTypeObject* heap) {
+                      heap->ht_type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+                      heap->ht_type.tp_traverse = visit_table;
+                      heap->ht_type.tp_clear = clear_table;
+                    }),
+                    "The tensors of an optimizer's steps; see gather.h.")
+      .def(py::init<>())
+      .def("__len__", &Table::size)
+      .def("gather", [](Table& t, py::handle param_groups, py::handle state, const std::vector<int>& rules) {
+        return checked([&] { return t.gather(param_groups.ptr(), state.ptr(), rules); });
+      })
+      .def("bind", [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
+                      py::handle step, bool fresh, bool lasting) {
+        checked([&] {
+          t.bind(i, param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), step.ptr(), fresh, lasting);
+          return 0;
+        });
+      }, py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"), py::arg("step"),
+         py::kw_only(), py::arg("fresh"), py::arg("lasting"))
+      .def("slot", [](const Table& t, int64_t i) {
+        const Slot& slot = t.slot(i);
+        return py::make_tuple(py::reinterpret_borrow<py::object>(slot.param.get()), slot.group);
+      }, "(parameter, group index) of a slot")
+      .def("active", &Table::active)
+      .def("updated", [](Table& t) {
+        return checked([&] { return py::reinterpret_borrow<py::object>(t.updated()); });
+      })
+      .def("cpu_step", [](Table& t, const std::vector<std::pair<std::vector<double>, double>>& groups, int threads) {
+        const std::vector<Group> group_values = groups_from(groups);
+        const std::vector<Launch> launches = t.launches(group_values, threads);
+        py::gil_scoped_release release;
+        for (const Launch& launch : launches) cpu_step(launch);
+        return launches.size();
+      }, "One step of every active slot; returns the number of launches.");
+
+  const auto call = [](py::object logits, py::object target, py::object weight, double weight_sum,
+                       int64_t ignore_index, double label_smoothing, py::object grad, double grad_factor,
+                       py::object upstream, py::object loss, py::object lse) {
+    return arguments({logits, target, weight, upstream, grad, loss, lse, weight_sum, label_smoothing, grad_factor,
+                      ignore_index});
+  };
+  m.def("cpu_cross_entropy_forward", [call](py::object logits, py::object target, py::object weight, double weight_sum,
+                                            int64_t ignore_index, double label_smoothing, py::object grad,
+                                            double grad_factor, py::object loss, py::object lse, int threads) {
+    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad, grad_factor,
+                                    py::none(), loss, lse);
+    py::gil_scoped_release release;
+    cpu_cross_entropy_forward(a, threads);
+  });
+  m.def("cpu_cross_entropy_backward", [call](py::object logits, py::object target, py::object weight, double weight_sum,
+                                             int64_t ignore_index, double label_smoothing, py::object grad,
+                                             double grad_factor, py::object upstream, py::object lse, int threads) {
+    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad, grad_factor,
+                                    upstream, py::none(), lse);
+    py::gil_scoped_release release;
+    cpu_cross_entropy_backward(a, threads);
+  });
+}

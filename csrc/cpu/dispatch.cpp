@@ -1,0 +1,179 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fusedopt {
+
+// setup.py names the builds it makes: FUSEDOPT_ISAS is X(avx512) X(avx2) X(baseline), X(neon), ...; best first
+#define FUSEDOPT_DECLARE(isa)                                                        \
+  namespace isa {                                                                    \
+  CpuEngine::StepKernel step_kernel(const Launch&);                                  \
+  CpuEngine::CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs&);      \
+  CpuEngine::CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs&);     \
+  }
+FUSEDOPT_ISAS(FUSEDOPT_DECLARE)
+#undef FUSEDOPT_DECLARE
+
+namespace {
+
+#define FUSEDOPT_ENGINE(isa) {#isa, isa::step_kernel, isa::cross_entropy_forward, isa::cross_entropy_backward},
+const CpuEngine kEngines[] = {FUSEDOPT_ISAS(FUSEDOPT_ENGINE)};
+#undef FUSEDOPT_ENGINE
+constexpr int kEngineCount = int(sizeof(kEngines) / sizeof(kEngines[0]));
+
+bool machine_runs([[maybe_unused]] const char* isa) {
+#if defined(__x86_64__)
+  if (!std::strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (!std::strcmp(isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
+#endif
+  return true;  // baseline, neon: part of the architecture
+}
+
+const CpuEngine* best_engine() {
+  for (const CpuEngine& engine : kEngines)
+    if (machine_runs(engine.isa)) return &engine;
+  return &kEngines[kEngineCount - 1];
+}
+
+const CpuEngine*& engine() {
+  static const CpuEngine* current = best_engine();
+  return current;
+}
+
+constexpr int64_t kSpan = 1 << 16;      // elements that one thread takes at a time
+constexpr int64_t kRowCost = 32;        // a tensor's own overhead, in elements
+constexpr int64_t kSerial = 1 << 14;    // less work than this is not worth waking a second thread
+
+// Cut the launch into spans of about equal work: many small tensors share one, a large tensor fills many.
+std::vector<Span> cut(const Launch& launch, int64_t span_size) {
+  std::vector<Span> spans;
+  Span span{0, 0, 0, 0};
+  int64_t filled = 0;
+  for (int64_t r = 0; r < launch.n_rows; ++r) {
+    const int64_t numel = launch.rows[r].numel;
+    filled += kRowCost;
+    int64_t done = 0;
+    while (numel - done >= span_size - filled && numel > done) {
+      // multiples of 64 elements, so that no two threads write one cache line of an aligned tensor
+      const int64_t take = std::min(numel - done, std::max<int64_t>((span_size - filled) & ~int64_t(63), 64));
+      done += take;
+      span.last_row = r;
+      span.end = done;
+      spans.push_back(span);
+      span.first_row = done == numel ? r + 1 : r;
+      span.begin = done == numel ? 0 : done;
+      filled = 0;
+    }
+    filled += numel - done;
+  }
+  if (span.first_row < launch.n_rows) {
+    span.last_row = launch.n_rows - 1;
+    span.end = launch.rows[span.last_row].numel;
+    spans.push_back(span);
+  }
+  return spans;
+}
+
+template <class Work>
+void parallel_for([[maybe_unused]] int threads, int64_t n, const Work& work) {
+#if defined(_OPENMP)
+  if (threads > 1 && n > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) work(i);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) work(i);
+}
+
+bool over_rows(CpuEngine::CrossEntropyKernel kernel, const CrossEntropyArgs& args, int threads) {
+  if (!kernel) return false;
+  // enough pieces to balance, large enough to be worth a turn
+  const int64_t per_piece = std::max<int64_t>(1, kSpan / std::max<int64_t>(1, args.classes));
+  const int64_t pieces = (args.rows + per_piece - 1) / per_piece;
+  if (args.rows * args.classes < kSerial) threads = 1;
+  parallel_for(threads, pieces, [&](int64_t i) {
+    kernel(args, i * per_piece, std::min(args.rows, (i + 1) * per_piece));
+  });
+  return true;
+}
+
+}  // namespace
+
+const char* const* cpu_isas() {
+  static const std::vector<const char*> isas = [] {
+    std::vector<const char*> names;
+    for (const CpuEngine& e : kEngines)
+      if (machine_runs(e.isa)) names.push_back(e.isa);
+    names.push_back(nullptr);
+    return names;
+  }();
+  return isas.data();
+}
+
+const char* cpu_isa() { return engine()->isa; }
+
+bool use_cpu_isa(const char* name) {
+  for (const CpuEngine& e : kEngines)
+    if (!std::strcmp(e.isa, name) && machine_runs(name)) {
+      engine() = &e;
+      return true;
+    }
+  return false;
+}
+
+bool has_openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+bool cpu_can_step(const Launch& launch) { return engine()->step_kernel(launch) != nullptr; }
+
+bool cpu_step(const Launch& launch) {
+  const CpuEngine::StepKernel kernel = engine()->step_kernel(launch);
+  if (!kernel) return false;
+  int64_t total = 0;
+  for (int64_t r = 0; r < launch.n_rows; ++r) total += launch.rows[r].numel + kRowCost;
+  const int threads = total < kSerial ? 1 : launch.threads;
+  // every thread gets several spans of a small step, and a large one is cut where the cache likes it
+  const int64_t span_size = std::clamp<int64_t>(total / (4 * threads), 4096, kSpan);
+  const std::vector<Span> spans = cut(launch, span_size);
+  parallel_for(threads, int64_t(spans.size()), [&](int64_t i) { kernel(launch, spans[i]); });
+  return true;
+}
+
+bool cpu_cross_entropy_forward(const CrossEntropyArgs& args, int threads) {
+  return over_rows(engine()->cross_entropy_forward(args), args, threads);
+}
+
+bool cpu_cross_entropy_backward(const CrossEntropyArgs& args, int threads) {
+  return over_rows(engine()->cross_entropy_backward(args), args, threads);
+}
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kHuge - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace fusedopt

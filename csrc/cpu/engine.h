@@ -1,0 +1,25 @@
+// What one build of the CPU engine (one instruction set) offers. Builds share no symbol: see element.h.
+#pragma once
+#include "../cross_entropy.h"
+#include "../step.h"
+
+namespace fusedopt {
+
+// A contiguous piece of a launch's elements: from element `begin` of row `first_row`, up to element `end` of `last_row`.
+struct Span {
+  int64_t first_row, begin;
+  int64_t last_row, end;
+};
+
+struct CpuEngine {
+  const char* isa;
+  // The loop for a rule and its dtypes; null where there is none.
+  using StepKernel = void (*)(const Launch&, const Span&);
+  StepKernel (*step_kernel)(const Launch&);
+  // Rows [begin, end) of a cross entropy: forward (with the gradient when args.grad is set), or backward from lse.
+  using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  CrossEntropyKernel (*cross_entropy_forward)(const CrossEntropyArgs&);
+  CrossEntropyKernel (*cross_entropy_backward)(const CrossEntropyArgs&);
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,129 @@
+// A step's tensors in: which parameters have a gradient now, where everything lies, and what of that changed.
+//
+// Python is asked only about what is new (a first gradient, replaced state, another layout); everything else is read and
+// checked here, through DLPack's exchange API, in about 0.1 us a tensor.
+#pragma once
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "dlpack.h"
+#include "step.h"
+
+namespace fusedopt {
+
+// A borrowed Python exception: thrown where the Python error indicator is set.
+struct PythonError {};
+
+// An owned reference.
+class Ref {
+ public:
+  Ref() = default;
+  static Ref borrow(PyObject* object) {
+    Py_XINCREF(object);
+    return Ref(object);
+  }
+  static Ref steal(PyObject* object) { return Ref(object); }
+  Ref(Ref&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
+  Ref& operator=(Ref&& other) noexcept {
+    PyObject* old = object_;
+    object_ = other.object_;
+    other.object_ = nullptr;
+    Py_XDECREF(old);  // last: it may run Python code that looks at this object
+    return *this;
+  }
+  Ref(const Ref&) = delete;
+  Ref& operator=(const Ref&) = delete;
+  ~Ref() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+
+ private:
+  explicit Ref(PyObject* object) : object_(object) {}
+  PyObject* object_ = nullptr;
+};
+
+// Shape and strides. Held in place, as all that a gather looks at: following pointers is most of its time.
+struct Layout {
+  static constexpr int kMaxDims = 8;
+  int32_t ndim = 0;
+  int64_t numel = 0;
+  int64_t shape[kMaxDims], strides[kMaxDims];
+
+  Layout() = default;
+  explicit Layout(const dlpack::Tensor& tensor);   // throws std::invalid_argument beyond kMaxDims
+  bool same(const dlpack::Tensor& tensor) const;   // same shape, same strides where they matter
+};
+
+// No gaps, no overlap, any order of dimensions.
+bool is_dense(const dlpack::Tensor& tensor);
+
+// Everything known of one parameter of an optimizer.
+struct Slot {
+  Ref param, state_dict;
+  static constexpr int kMaxItems = 8;
+  std::pair<Ref, Ref> state_items[kMaxItems];  // the dict as it was when bound
+  int n_items = 0;
+  int32_t group = 0;
+  int rule = -1;
+
+  bool ready = false;   // bound, and only pointers can have changed since: checked natively
+  bool active = false;  // takes part in this step
+  bool fresh = false;   // has a state buffer but no step counter, and has not stepped
+  bool was_active = false;
+  int wave = 0;         // tensors that share memory step one after the other
+
+  Layout layout;
+  Dtype dtype{}, grad_dtype{}, state_dtype{};
+  void* data = nullptr;
+  const void* grad = nullptr;
+  void* states[kMaxStates]{};
+  int n_states = 0;
+  void* step = nullptr;  // float or double
+  bool step_is_double = false;
+};
+
+class Table {
+ public:
+  // Walk param_groups; rules[i] is the rule of group i. Returns the slots that Python must look at: they have a gradient
+  // but are new, or changed in more than a pointer. Slots without a gradient sleep.
+  std::vector<int64_t> gather(PyObject* param_groups, PyObject* state, const std::vector<int>& rules);
+
+  // Take slot i into this step. `param` is the parameter or a real view of it, `grad` has its layout, `state_dict` is the
+  // optimizer's entry (or None), `states` the rule's tensors in it or views of them, `step` a CPU scalar tensor or None
+  // (then `fresh` says whether this is the first step). `lasting`: all are the optimizer's own objects, so that the next
+  // gather may check natively. Throws std::invalid_argument, with nothing changed, where a tensor does not fit.
+  void bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
+            bool fresh, bool lasting);
+
+  // Advance the step counters and lay out the active slots, grouped by rule and dtypes, in as many launches as needed.
+  std::vector<Launch> launches(const std::vector<Group>& groups, int threads);
+
+  PyObject* updated();                 // list of the active slots' parameters; borrowed
+  std::vector<bool> active() const;
+  int64_t size() const { return int64_t(slots_.size()); }
+  const Slot& slot(int64_t i) const { return slots_.at(size_t(i)); }
+
+  int visit(visitproc visit, void* arg);
+  void clear();
+
+ private:
+  bool refresh(Slot& slot, PyObject* grad);
+  bool state_unchanged(const Slot& slot) const;
+  void notice_replaced_state(PyObject* state);
+  void order_shared_memory();
+
+  std::vector<Slot> slots_;
+  std::vector<std::pair<Ref, Ref>> state_order_;  // optimizer.state as it was at the last gather
+  std::vector<Row> rows_;
+  Ref updated_;
+  bool moved_ = true;
+};
+
+int64_t size_of(Dtype dtype);
+Dtype dtype_of(const dlpack::DataType& type);
+
+// Reads a tensor's memory; false (no Python error set) where it has none: sparse, meta, a wrapper subclass.
+bool read_tensor(PyObject* object, dlpack::Tensor* out);
+
+}  // namespace fusedopt

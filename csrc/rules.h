@@ -1,0 +1,237 @@
+// The update rules, one struct each, for host and device. A rule is scalar arithmetic in T (float or double):
+//
+//   Hyper       what a parameter group says, in the order that Python and Triton repeat
+//   names       of the rule, its hyperparameters and its states (a test compares them with Python's)
+//   Rule(h, t)  once per tensor: scalars derived in double, then cast to T; t counts this tensor's steps from 1
+//   operator()  once per element: parameter, gradient, states
+//
+// Precision, rounding, scaling and vectorisation belong to the engine around a rule. The order of operations is that of
+// torch.optim's single-tensor functions, so that infinities and NaNs come out alike.
+#pragma once
+#include "element.h"
+
+#include <cmath>
+
+// A rule's hyperparameters and their names, from one list.
+#define FUSEDOPT_HYPER(...)    \
+  struct Hyper {               \
+    double __VA_ARGS__;        \
+  };                           \
+  static constexpr const char* kHyper = #__VA_ARGS__
+
+namespace fusedopt::FUSEDOPT_ISA {
+
+FUSEDOPT_HD float sqrt_of(float x) { return __builtin_sqrtf(x); }
+FUSEDOPT_HD double sqrt_of(double x) { return __builtin_sqrt(x); }
+
+// torch.lerp, exact at both ends: it starts from the nearer one. `side` is a T, not a bool: gcc 12 does not vectorise a
+// select between 16-bit elements by an 8-bit condition.
+template <class T>
+struct Lerp {
+  T side, weight;
+  FUSEDOPT_HD explicit Lerp(double w) : side(w < 0.5 ? -1 : 1), weight(T(w < 0.5 ? w : w - 1)) {}
+  FUSEDOPT_HD T operator()(T from, T to) const { return (side > T(0) ? to : from) + weight * (to - from); }
+};
+
+// Not `g + weight_decay * p` at zero: an infinite parameter must not turn the gradient into NaN.
+template <class T>
+FUSEDOPT_HD T with_l2(T g, T p, T weight_decay) {
+  return weight_decay != T(0) ? g + weight_decay * p : g;
+}
+
+// Kingma & Ba 2015 (torch.optim.Adam), decoupled decay of Loshchilov & Hutter 2019 (torch.optim.AdamW), and AMSGrad of
+// Reddi, Kale & Kumar 2018.
+template <class T, bool kDecoupled, bool kAmsgrad>
+struct AdamRule {
+  FUSEDOPT_HYPER(lr, beta1, beta2, eps, weight_decay);
+  static constexpr const char* kName =
+      kDecoupled ? (kAmsgrad ? "adamw_amsgrad" : "adamw") : (kAmsgrad ? "adam_amsgrad" : "adam");
+  static constexpr const char* kStateNames = kAmsgrad ? "exp_avg, exp_avg_sq, max_exp_avg_sq" : "exp_avg, exp_avg_sq";
+  static constexpr int kStates = kAmsgrad ? 3 : 2;
+
+  Lerp<T> first_moment;
+  T decay, l2, beta2, one_minus_beta2, step_size, inv_sqrt_correction2, eps;
+
+  FUSEDOPT_HD AdamRule(const Hyper& h, double step) : first_moment(1 - h.beta1) {
+    const double correction1 = 1 - std::pow(h.beta1, step);
+    const double correction2 = 1 - std::pow(h.beta2, step);
+    decay = T(kDecoupled ? 1 - h.lr * h.weight_decay : 1);
+    l2 = T(kDecoupled ? 0 : h.weight_decay);
+    beta2 = T(h.beta2);
+    one_minus_beta2 = T(1 - h.beta2);
+    step_size = T(h.lr / correction1);
+    inv_sqrt_correction2 = T(1 / std::sqrt(correction2));
+    eps = T(h.eps);
+  }
+
+  FUSEDOPT_HD void moments(T& p, T& g, T& m, T& v) const {
+    if (kDecoupled) p *= decay;
+    if (!kDecoupled) g = with_l2(g, p, l2);
+    m = first_moment(m, g);
+    v = v * beta2 + one_minus_beta2 * g * g;
+  }
+  FUSEDOPT_HD void move(T& p, T m, T v) const { p -= step_size * m / (sqrt_of(v) * inv_sqrt_correction2 + eps); }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const {
+    moments(p, g, m, v);
+    move(p, m, v);
+  }
+  FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v, T& v_max) const {
+    moments(p, g, m, v);
+    v_max = v_max < v || v != v ? v : v_max;  // torch.maximum: NaN wins
+    move(p, m, v_max);
+  }
+};
+
+// Hinton 2012 (torch.optim.RMSprop); centered after Graves 2013.
+template <class T, bool kCentered, bool kMomentum>
+struct RMSpropRule {
+  FUSEDOPT_HYPER(lr, alpha, eps, weight_decay, momentum);
+  static constexpr const char* kName = kCentered ? (kMomentum ? "rmsprop_centered_momentum" : "rmsprop_centered")
+                                                 : (kMomentum ? "rmsprop_momentum" : "rmsprop");
+  static constexpr const char* kStateNames =
+      kCentered ? (kMomentum ? "square_avg, grad_avg, momentum_buffer" : "square_avg, grad_avg")
+                : (kMomentum ? "square_avg, momentum_buffer" : "square_avg");
+  static constexpr int kStates = 1 + kCentered + kMomentum;
+
+  Lerp<T> mean;
+  T lr, alpha, one_minus_alpha, eps, l2, momentum;
+
+  FUSEDOPT_HD RMSpropRule(const Hyper& h, double) : mean(1 - h.alpha) {
+    lr = T(h.lr);
+    alpha = T(h.alpha);
+    one_minus_alpha = T(1 - h.alpha);
+    eps = T(h.eps);
+    l2 = T(h.weight_decay);
+    momentum = T(h.momentum);
+  }
+
+  FUSEDOPT_HD void average(T p, T& g, T& sq) const {
+    g = with_l2(g, p, l2);
+    sq = sq * alpha + one_minus_alpha * g * g;
+  }
+  // The variance of a constant gradient is zero, and rounds below it: clamped, where stock's square root gives NaN.
+  FUSEDOPT_HD T centered(T g, T sq, T& g_avg) const {
+    g_avg = mean(g_avg, g);
+    const T variance = sq - g_avg * g_avg;
+    return variance < T(0) ? T(0) : variance;
+  }
+  FUSEDOPT_HD void move(T& p, T g, T variance) const { p -= lr * g / (sqrt_of(variance) + eps); }
+  FUSEDOPT_HD void move(T& p, T g, T variance, T& buffer) const {
+    buffer = momentum * buffer + g / (sqrt_of(variance) + eps);
+    p -= lr * buffer;
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T& sq) const {
+    average(p, g, sq);
+    move(p, g, sq);
+  }
+  FUSEDOPT_HD void operator()(T& p, T g, T& sq, T& second) const {
+    average(p, g, sq);
+    if constexpr (kCentered)
+      move(p, g, centered(g, sq, second));
+    else
+      move(p, g, sq, second);
+  }
+  FUSEDOPT_HD void operator()(T& p, T g, T& sq, T& g_avg, T& buffer) const {
+    average(p, g, sq);
+    move(p, g, centered(g, sq, g_avg), buffer);
+  }
+};
+
+// Duchi, Hazan & Singer 2011; torch.optim.Adagrad.
+template <class T>
+struct AdagradRule {
+  FUSEDOPT_HYPER(lr, lr_decay, eps, weight_decay);
+  static constexpr const char* kName = "adagrad";
+  static constexpr const char* kStateNames = "sum";
+  static constexpr int kStates = 1;
+
+  T step_size, eps, l2;
+
+  FUSEDOPT_HD AdagradRule(const Hyper& h, double step) {
+    step_size = T(h.lr / (1 + (step - 1) * h.lr_decay));
+    eps = T(h.eps);
+    l2 = T(h.weight_decay);
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T& sum) const {
+    g = with_l2(g, p, l2);
+    sum += g * g;
+    p -= step_size * g / (sqrt_of(sum) + eps);
+  }
+};
+
+// torch.optim.SGD; Sutskever et al. 2013 for the momentum. The first step of a tensor fills the buffer, undampened.
+template <class T, bool kMomentum>
+struct SGDRule {
+  FUSEDOPT_HYPER(lr, weight_decay, momentum, dampening, nesterov);
+  static constexpr const char* kName = kMomentum ? "sgd_momentum" : "sgd";
+  static constexpr const char* kStateNames = kMomentum ? "momentum_buffer" : "";
+  static constexpr int kStates = kMomentum ? 1 : 0;
+
+  T lr, l2, momentum, keep, take, nesterov;
+
+  FUSEDOPT_HD SGDRule(const Hyper& h, double step) {
+    lr = T(h.lr);
+    l2 = T(h.weight_decay);
+    momentum = T(h.momentum);
+    keep = step == 1 ? T(0) : T(h.momentum);
+    take = step == 1 ? T(1) : T(1 - h.dampening);
+    nesterov = T(h.nesterov);
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g) const {
+    g = with_l2(g, p, l2);
+    p -= lr * g;
+  }
+  FUSEDOPT_HD void operator()(T& p, T g, T& buffer) const {
+    g = with_l2(g, p, l2);
+    buffer = keep * buffer + take * g;
+    p -= lr * (nesterov > T(0) ? g + momentum * buffer : buffer);
+  }
+};
+
+// Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms".
+template <class T>
+struct LionRule {
+  FUSEDOPT_HYPER(lr, beta1, beta2, weight_decay);
+  static constexpr const char* kName = "lion";
+  static constexpr const char* kStateNames = "exp_avg";
+  static constexpr int kStates = 1;
+
+  Lerp<T> blend, average;
+  T lr, decay;
+
+  FUSEDOPT_HD LionRule(const Hyper& h, double) : blend(1 - h.beta1), average(1 - h.beta2) {
+    lr = T(h.lr);
+    decay = T(1 - h.lr * h.weight_decay);
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T& m) const {
+    const T direction = blend(m, g);
+    const T sign = direction > T(0) ? T(1) : direction < T(0) ? T(-1) : direction;  // 0 and NaN stay
+    p = p * decay - lr * sign;
+    m = average(m, g);
+  }
+};
+
+// Every rule, in the order of Launch::rule. X(rule of T)
+template <class T> using Adam = AdamRule<T, false, false>;
+template <class T> using AdamAmsgrad = AdamRule<T, false, true>;
+template <class T> using AdamW = AdamRule<T, true, false>;
+template <class T> using AdamWAmsgrad = AdamRule<T, true, true>;
+template <class T> using RMSprop = RMSpropRule<T, false, false>;
+template <class T> using RMSpropMomentum = RMSpropRule<T, false, true>;
+template <class T> using RMSpropCentered = RMSpropRule<T, true, false>;
+template <class T> using RMSpropCenteredMomentum = RMSpropRule<T, true, true>;
+template <class T> using Adagrad = AdagradRule<T>;
+template <class T> using SGD = SGDRule<T, false>;
+template <class T> using SGDMomentum = SGDRule<T, true>;
+template <class T> using Lion = LionRule<T>;
+
+#define FUSEDOPT_RULES(X)                                                                                     \
+  X(Adam) X(AdamAmsgrad) X(AdamW) X(AdamWAmsgrad) X(RMSprop) X(RMSpropMomentum) X(RMSpropCentered)            \
+  X(RMSpropCenteredMomentum) X(Adagrad) X(SGD) X(SGDMomentum) X(Lion)
+
+}  // namespace fusedopt::FUSEDOPT_ISA

@@ -1,0 +1,1 @@
+from fusedopt._version import __version__

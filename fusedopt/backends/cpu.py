@@ -1,0 +1,139 @@
+"""The native CPU engine: vector loops built once per instruction set, OpenMP threads as many as `torch.get_num_threads()`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch  # before the native library, so that both bind the same OpenMP runtime
+from torch import Tensor
+
+try:
+    from fusedopt import _native
+
+    _IMPORT_ERROR = None
+except ImportError as error:
+    _native = None
+    _IMPORT_ERROR = str(error)
+
+name = "cpu"
+device_types = frozenset({"cpu"})
+HUGE = 4 << 20  # bytes from which a buffer is asked onto huge pages
+
+
+def _forced_isa() -> str | None:
+    """Obey FUSEDOPT_CPU; returns what is wrong with it, if anything."""
+    wanted = os.environ.get("FUSEDOPT_CPU")
+    if not wanted or _native is None or _native.use_cpu_isa(wanted):
+        return None
+    return f"FUSEDOPT_CPU={wanted!r} is not one of {', '.join(_native.cpu_isas())}, which this machine and build offer"
+
+
+_ISA_ERROR = _forced_isa()
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote down: compiler, OpenMP; or the reason and the remedy where there is no native library."""
+    path = Path(__file__).parent.parent / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def available() -> bool | str:
+    if _ISA_ERROR is not None:
+        return _ISA_ERROR
+    if _native is not None:
+        return True
+    info = build_info()
+    if info.get("native") is False:
+        return f"the native library was not built: {info['reason']}; {info['remedy']}"
+    return f"the native library does not load ({_IMPORT_ERROR}); reinstall fusedopt with this Python"
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2, baseline, neon or portable."""
+    return _native.cpu_isa()
+
+
+def new_table() -> Any:
+    """An empty table of an optimizer's tensors."""
+    return _native.Table()
+
+
+@functools.cache
+def rules() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]]:
+    """rule name -> (index, hyperparameters in order, states in order), as the native library has them."""
+
+    def split(names: str) -> tuple[str, ...]:
+        return tuple(n.strip() for n in names.split(",") if n.strip())
+
+    return {name: (i, split(hyper), split(states)) for i, (name, hyper, states, _) in enumerate(_native.rules())}
+
+
+@functools.cache
+def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
+    """Whether there is a loop for a rule with these dtypes."""
+    return _native.cpu_can_step(rule, *(str(dtype).removeprefix("torch.") for dtype in (param, grad, state)))
+
+
+def obstacle(tensor: Tensor) -> str:
+    """What keeps a native loop from walking a tensor's memory as it lies; "" where nothing does."""
+    return _native.obstacle(tensor)
+
+
+def step(table: Any, groups: list[tuple[list[float], float]]) -> int:
+    """Update the table's active tensors; `groups` gives each group's hyperparameters and gradient factor.
+
+    Returns the number of launches.
+    """
+    return table.cpu_step(groups, torch.get_num_threads())
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor like `tensor`, on huge pages when large: first touch is most of a large write's cost."""
+    out = torch.empty_like(tensor)
+    if out.numel() * out.element_size() >= HUGE:
+        _native.advise_huge_pages(out)
+    return out
+
+
+def cross_entropy_forward(
+    logits: Tensor,  # (N, V), class stride 1
+    target: Tensor,  # (N,) int64, or (N, V) probabilities in logits' dtype
+    weight: Tensor | None,  # (V,) in the compute dtype
+    ignore_index: int,
+    label_smoothing: float,
+    grad: Tensor | None,  # (N, V), written if given; may be logits itself
+    grad_factor: float,
+    loss: Tensor,  # (N,) compute dtype, written
+    lse: Tensor,  # (N,) compute dtype, written
+) -> None:
+    """Row losses and log-sum-exps, and with `grad` the gradient times `grad_factor`, in one pass.
+
+    Raises:
+        IndexError: a class index out of range; nothing has been written.
+    """
+    total = float(weight.sum(dtype=torch.float64)) if weight is not None else float(logits.shape[1])
+    _native.cpu_cross_entropy_forward(
+        logits, target, weight, total, ignore_index, label_smoothing, grad, grad_factor, loss, lse, torch.get_num_threads()
+    )
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    grad: Tensor,
+    grad_factor: float,
+    upstream: Tensor | None,  # (N,) compute dtype
+    lse: Tensor,
+) -> None:
+    """The gradient from the saved log-sum-exps, times `grad_factor` and each row's `upstream`, rounded once."""
+    total = float(weight.sum(dtype=torch.float64)) if weight is not None else float(logits.shape[1])
+    _native.cpu_cross_entropy_backward(
+        logits, target, weight, total, ignore_index, label_smoothing, grad, grad_factor, upstream, lse, torch.get_num_threads()
+    )

@@ -1,0 +1,271 @@
+"""The fused step, mixed into the torch.optim classes: gather, admit what is new, launch, fall back.
+
+A step walks the parameters natively (csrc/gather.h). Python sees only those that are new or changed in more than a
+pointer, and either binds them to a kernel or hands them to torch's own functional, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from fusedopt import backends
+from fusedopt.backends import cpu
+
+
+class Placement(NamedTuple):
+    """Where one parameter's update runs, and why there."""
+
+    group: int
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    backend: str
+    reason: str
+
+
+class Unfusable(Exception):
+    """A tensor that goes to torch's functional; the message is the reason."""
+
+
+class FusedStep:
+    """What turns a torch.optim class into a fused one. Mixed in ahead of it; see fusedopt.optim.AdamW for the shape."""
+
+    rule: ClassVar[str]  # of csrc/rules.h
+    states: ClassVar[tuple[str, ...]]  # keys of state[p], in the rule's order
+    hyper: ClassVar[tuple[str, ...]]  # keys of a parameter group, in the rule's order
+    # Group options that choose another rule: key -> (what they append to its name, the state they add)
+    options: ClassVar[dict[str, tuple[str, str | None]]] = {}
+    functional: ClassVar[Callable[..., None]]  # torch's own update of lists of tensors
+
+    # GradScaler then leaves unscaling and skipping to step().
+    _step_supports_amp_scaling = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = inspect.signature(next(c for c in cls.__mro__[1:] if not issubclass(c, FusedStep)).__init__)
+        own = inspect.signature(FusedStep.__init__).parameters
+        cls.__signature__ = stock.replace(
+            parameters=[*list(stock.parameters.values())[1:], own["backend"]], return_annotation=inspect.Signature.empty
+        )
+
+    def __init__(self, params: Any, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        self._options = {"backend": backends.check(backend)}
+        self._forget()
+        super().__init__(params, *args, **kwargs)
+
+    # --- a step ---
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure (Callable, optional): re-evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return  # GradScaler: nothing may change, step counters included
+        scale = getattr(self, "grad_scale", None)
+        inv_scale = 1.0 if scale is None else 1.0 / float(scale)
+
+        fallback: list[list[Tensor]] = [[] for _ in self.param_groups]
+        held: list[Tensor] = []  # copies and views that must outlive the launch
+        if self._table is None:
+            for group, tensors in zip(self.param_groups, fallback, strict=True):
+                tensors.extend(p for p in group["params"] if p.grad is not None)
+        else:
+            rules = [cpu.rules()[self._rule(group)][0] for group in self.param_groups]
+            for slot in self._table.gather(self.param_groups, self.state, rules):
+                param, group_index = self._table.slot(slot)
+                try:
+                    held += self._admit(slot, param, self.param_groups[group_index], rules[group_index])
+                except Unfusable:
+                    fallback[group_index].append(param)
+
+        for group, tensors in zip(self.param_groups, fallback, strict=True):
+            if tensors:
+                self._update_by_torch(group, tensors, inv_scale)
+        if self._table is not None:
+            groups = [(self._hyper(group), -inv_scale if group["maximize"] else inv_scale) for group in self.param_groups]
+            cpu.step(self._table, groups)
+            # raw writes are invisible to autograd, which would go on with saved tensors that have changed
+            torch.autograd.graph.increment_version(self._table.updated())
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        return self.rule + "".join(suffix for key, (suffix, _) in self.options.items() if group[key])
+
+    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.states + tuple(state for key, (_, state) in self.options.items() if state and group[key])
+
+    def _hyper(self, group: dict[str, Any]) -> list[float]:
+        betas = group.get("betas", ())
+        values = {f"beta{i}": beta for i, beta in enumerate(betas, 1)}
+        return [float(values[key] if key in values else group[key]) for key in self.hyper]
+
+    # --- one tensor, seen for the first time or changed ---
+
+    def _check_fusable(self, param: Tensor, grad: Tensor | None, group: dict[str, Any]) -> None:
+        """Raise Unfusable where no kernel takes the tensor as it is."""
+        backend = backends.select(self._options["backend"], param.device)
+        if backend is not cpu:
+            raise Unfusable(
+                "asked for" if self._options["backend"] == "reference" else f"no kernels for {param.device.type} tensors"
+            )
+        if group.get("differentiable"):
+            raise Unfusable("differentiable=True")
+        if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
+            raise Unfusable("sparse")
+        real = _real_dtype(param.dtype)
+        if not cpu.supports(cpu.rules()[self._rule(group)][0], real, real, real):
+            raise Unfusable(f"no kernel for {param.dtype}")
+        if obstacle := cpu.obstacle(param):
+            raise Unfusable(obstacle)
+
+    def _admit(self, slot: int, param: Tensor, group: dict[str, Any], rule: int) -> list[Tensor]:
+        """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
+        grad = param.grad
+        self._check_fusable(param, grad, group)
+        self._stock_lists(group, [param])  # stock's own checks, errors and state
+        state = self.state[param] if param in self.state else None
+        fresh = False
+        states = []
+        for key in self._states(group):
+            value = state.get(key)
+            if value is None:  # SGD's buffer before its first step
+                value = state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                fresh = True
+            if value.shape != param.shape:
+                raise RuntimeError(
+                    f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}: "
+                    "was a checkpoint of another model loaded?"
+                )
+            if value.dtype != param.dtype or value.device != param.device or value.layout != torch.strided:
+                raise Unfusable(f"state {key!r} is {value.dtype} on {value.device}")
+            if not _same_strides(value, param):  # a contiguous checkpoint in a channels_last model, say
+                value = state[key] = torch.empty_like(param).copy_(value)
+            states.append(value)
+        counter = None if state is None else state.get("step")
+        if counter is not None and not isinstance(counter, Tensor):
+            counter = state["step"] = torch.tensor(float(counter), dtype=_get_scalar_dtype())
+        if counter is not None and counter.device.type != "cpu":
+            raise Unfusable(f"step counter on {counter.device}")
+
+        real = _real_dtype(param.dtype)
+        grad_dtype = grad.dtype if cpu.supports(rule, real, _real_dtype(grad.dtype), real) else param.dtype
+        lasting = not param.is_complex()
+        if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
+            grad = torch.empty_like(param, dtype=grad_dtype).copy_(grad)
+        held = [grad]
+        if param.is_complex():
+            param, grad, *states = map(torch.view_as_real, (param, grad, *states))
+            held += [param, grad, *states]
+        try:
+            self._table.bind(slot, param, grad, state, tuple(states), counter, fresh=fresh, lasting=lasting)
+        except ValueError as error:
+            raise Unfusable(str(error)) from None
+        return held
+
+    # --- torch's own functional, tensor by tensor ---
+
+    def _stock_lists(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list, list, dict[str, list]]:
+        """Stock's `_init_group` for some parameters of a group: it raises what stock raises and fills their state."""
+        names = list(inspect.signature(self._init_group).parameters)[3:]
+        lists: dict[str, list] = {name: [] for name in names}
+        with_grad: list[Tensor] = []
+        grads: list[Tensor] = []
+        self._init_group({**group, "params": params}, with_grad, grads, *lists.values())
+        return with_grad, grads, lists
+
+    def _update_by_torch(self, group: dict[str, Any], params: list[Tensor], inv_scale: float) -> None:
+        params, grads, lists = self._stock_lists(group, params)
+        if inv_scale != 1.0:
+            grads = [grad * inv_scale for grad in grads]
+        known = {
+            **group,
+            **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)},
+            "has_complex": any(p.is_complex() for p in params),
+            "has_sparse_grad": any(g.is_sparse for g in grads),
+            "fused": False,
+        }
+        wanted = inspect.signature(self.functional).parameters
+        keywords = {key: known[key] for key in wanted if key in known}
+        self.functional(params, grads, **lists, **keywords)
+        for param, buffer in zip(params, lists.get("momentum_buffer_list", ()), strict=False):
+            self.state[param]["momentum_buffer"] = buffer  # SGD's function makes the first one
+
+    # --- the instance: reports, copies, checkpoints ---
+
+    def backend_report(self) -> list[Placement]:
+        """Where each parameter's update runs, and why, as far as its present gradient tells."""
+        report = []
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                backend, reason = "reference", ""
+                try:
+                    self._check_fusable(param, param.grad, group)
+                    backend, reason = "cpu", f"native, {cpu.isa()}"
+                except Unfusable as unfusable:
+                    reason = str(unfusable)
+                report.append(Placement(g, i, tuple(param.shape), param.dtype, backend, reason))
+        return report
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        backend = self._options["backend"]
+        for i, param in enumerate(self.param_groups[-1]["params"]):
+            if backend != "auto" and not backends.takes(backends.select(backend, param.device), param.device):
+                group = self.param_groups.pop()
+                raise ValueError(
+                    f"backend={backend!r} does not run tensors on {param.device} "
+                    f"(parameter {i} of {len(group['params'])}); use backend='auto' or move the model"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load an optimizer state, of fusedopt or of torch.optim's class of the same name.
+
+        Unlike torch.optim's, the loaded tensors are copies: training on does not change `state_dict`.
+        """
+        given = {id(value) for state in state_dict["state"].values() for value in state.values()}
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and id(value) in given:
+                    state[key] = value.clone()
+
+    def _forget(self) -> None:
+        """Drop all that was known of the tensors' whereabouts; the next step looks anew."""
+        fusable = self._options["backend"] != "reference" and cpu.available() is True
+        self._table = cpu.new_table() if fusable else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+
+def _real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Same memory order, where the shapes are the same: strides of dimensions of extent 1 do not matter."""
+    return a.stride() == b.stride() or all(
+        s == t or n == 1 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
