@@ -74,6 +74,33 @@ void* vector_of(const dlpack::Tensor& t, const char* name, int64_t n) {
   return t.data;
 }
 
+// torch's words first, then where and what would fit.
+void check_target(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  for (int64_t i = 0; i < rows; ++i)
+    if (target[i] != ignore_index && (target[i] < 0 || target[i] >= classes))
+      throw py::index_error("Target " + std::to_string(target[i]) + " is out of bounds. (at flat position " +
+                            std::to_string(i) + "; expected 0 <= target < " + std::to_string(classes) +
+                            " or ignore_index=" + std::to_string(ignore_index) + ")");
+}
+
+// The denominator of a mean over class indices: how many rows, or how much weight, count.
+double target_total(py::handle target_object, py::handle weight_object, int64_t ignore_index, int64_t classes) {
+  const dlpack::Tensor t = tensor(target_object, "target", {});
+  const int64_t rows = t.ndim == 1 ? t.shape[0] : 0;
+  const auto* target = static_cast<const int64_t*>(vector_of(t, "target", rows));
+  check_target(target, rows, classes, ignore_index);
+  const dlpack::Tensor weight = tensor(weight_object, "weight", {Dtype::kF32, Dtype::kF64});
+  vector_of(weight, "weight", classes);
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (target[i] == ignore_index) continue;
+    total += !weight.data ? 1
+             : dtype_of(weight.dtype) == Dtype::kF64 ? static_cast<const double*>(weight.data)[target[i]]
+                                                     : static_cast<const float*>(weight.data)[target[i]];
+  }
+  return total;
+}
+
 struct CrossEntropyCall {
   py::object logits, target, weight, upstream, grad, loss, lse;
   double weight_sum, label_smoothing, grad_factor;
@@ -96,9 +123,7 @@ CrossEntropyArgs arguments(const CrossEntropyCall& c) {
   checked([&] { return read_tensor(c.target.ptr(), &probe); });
   if (probe.dtype.code == dlpack::kInt) {
     a.target = static_cast<const int64_t*>(vector_of(tensor(c.target, "target", {}), "target", a.rows));
-    for (int64_t i = 0; i < a.rows; ++i)
-      if (a.target[i] != c.ignore_index && (a.target[i] < 0 || a.target[i] >= a.classes))
-        throw py::index_error("Target " + std::to_string(a.target[i]) + " is out of bounds.");
+    check_target(a.target, a.rows, a.classes, c.ignore_index);
   } else {
     const dlpack::Tensor probabilities = tensor(c.target, "target", same);
     a.probabilities = probabilities.data;
@@ -206,6 +231,7 @@ PYBIND11_MODULE(_native, m) {
         return launches.size();
       }, "One step of every active slot; returns the number of launches.");
 
+  m.def("target_total", target_total);
   const auto call = [](py::object logits, py::object target, py::object weight, double weight_sum,
                        int64_t ignore_index, double label_smoothing, py::object grad, double grad_factor,
                        py::object upstream, py::object loss, py::object lse) {

@@ -1,1 +1,24 @@
+"""fusedopt: drop-in fused optimizers and losses for PyTorch.
+
+    import torch.optim as optim          ->  from fusedopt import optim
+    criterion = nn.CrossEntropyLoss()    ->  criterion = fusedopt.nn.CrossEntropyLoss()
+"""
+
+from fusedopt import backends, nn, optim
 from fusedopt._version import __version__
+from fusedopt.nn import CrossEntropyLoss
+from fusedopt.optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "CrossEntropyLoss",
+    "Lion",
+    "RMSprop",
+    "__version__",
+    "backends",
+    "nn",
+    "optim",
+]

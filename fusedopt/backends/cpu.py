@@ -33,6 +33,7 @@ def _forced_isa() -> str | None:
 
 
 _ISA_ERROR = _forced_isa()
+READY = _native is not None and _ISA_ERROR is None  # a constant, which torch.compile can trace
 
 
 def build_info() -> dict[str, Any]:
@@ -93,10 +94,29 @@ def step(table: Any, groups: list[tuple[list[float], float]]) -> int:
 
 def empty_like(tensor: Tensor) -> Tensor:
     """An uninitialised tensor like `tensor`, on huge pages when large: first touch is most of a large write's cost."""
-    out = torch.empty_like(tensor)
-    if out.numel() * out.element_size() >= HUGE:
-        _native.advise_huge_pages(out)
-    return out
+    return _advised(torch.empty_like(tensor))
+
+
+def huge_empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous tensor, on huge pages when large."""
+    return _advised(torch.empty(shape, dtype=dtype))
+
+
+def _advised(tensor: Tensor) -> Tensor:
+    if tensor.numel() * tensor.element_size() >= HUGE:
+        _native.advise_huge_pages(tensor)
+    return tensor
+
+
+def target_total(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int) -> float:
+    """The mean's denominator: the number, or summed weight, of the rows that count.
+
+    Raises:
+        IndexError: a class index outside [0, classes) that is not ignore_index.
+    """
+    if target.dim() == 2:
+        return float(target.shape[0])
+    return _native.target_total(target, weight, ignore_index, classes)
 
 
 def cross_entropy_forward(

@@ -1,0 +1,23 @@
+"""Fused losses, drop-in for torch.nn's. Every other name of torch.nn resolves to torch's own.
+
+    criterion = nn.CrossEntropyLoss()      ->      criterion = fusedopt.nn.CrossEntropyLoss()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn
+
+from fusedopt.nn import functional
+from fusedopt.nn.modules import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss", "functional"]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn)})
