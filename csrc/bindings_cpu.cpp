@@ -208,12 +208,12 @@ PYBIND11_MODULE(_native, m) {
         return checked([&] { return t.gather(param_groups.ptr(), state.ptr(), rules); });
       })
       .def("bind", [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
-                      py::handle step, bool fresh, bool lasting) {
+                      py::handle step, py::handle owners, bool fresh, bool lasting) {
         checked([&] {
-          t.bind(i, param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), step.ptr(), fresh, lasting);
+          t.bind(i, param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), step.ptr(), owners.ptr(), fresh, lasting);
           return 0;
         });
-      }, py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"), py::arg("step"),
+      }, py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"), py::arg("step"), py::arg("owners"),
          py::kw_only(), py::arg("fresh"), py::arg("lasting"))
       .def("slot", [](const Table& t, int64_t i) {
         const Slot& slot = t.slot(i);

@@ -56,8 +56,8 @@ class GradReader {
   descrgetfunc get_ = nullptr;
 };
 
-// A one-element view can carry the negative bit (the imaginary part of a conjugate) in a dense layout; DLPack does not
-// tell. Views of more elements are strided, and go to Python for that.
+// A view can carry the negative bit (the imaginary part of a conjugate), which DLPack does not tell. Such views of more
+// than one element have gaps between them, and go to Python for that.
 bool is_negated(PyObject* tensor) {
   static PyObject* const name = interned("is_neg");
   const Ref result = Ref::steal(PyObject_CallMethodNoArgs(tensor, name));
@@ -222,7 +222,7 @@ void Table::notice_replaced_state(PyObject* state) {
 }
 
 void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
-                 bool fresh, bool lasting) {
+                 PyObject* owners, bool fresh, bool lasting) {
   Slot& slot = slots_.at(size_t(i));
   const auto read = [&](PyObject* object, const char* what) {
     dlpack::Tensor t;
@@ -258,6 +258,7 @@ void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dic
   }
 
   slot.state_dict = Ref::borrow(state_dict == Py_None ? nullptr : state_dict);
+  slot.owners = Ref::borrow(owners);
   slot.n_items = 0;
   if (PyObject* dict = slot.state_dict.get()) {
     lasting &= PyDict_GET_SIZE(dict) <= Slot::kMaxItems;
@@ -369,6 +370,7 @@ int Table::visit(visitproc visit, void* arg) {
   for (const Slot& slot : slots_) {
     Py_VISIT(slot.param.get());
     Py_VISIT(slot.state_dict.get());
+    Py_VISIT(slot.owners.get());
     for (int k = 0; k < slot.n_items; ++k) {
       Py_VISIT(slot.state_items[k].first.get());
       Py_VISIT(slot.state_items[k].second.get());

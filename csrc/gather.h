@@ -60,7 +60,7 @@ bool is_dense(const dlpack::Tensor& tensor);
 
 // Everything known of one parameter of an optimizer.
 struct Slot {
-  Ref param, state_dict;
+  Ref param, state_dict, owners;
   static constexpr int kMaxItems = 8;
   std::pair<Ref, Ref> state_items[kMaxItems];  // the dict as it was when bound
   int n_items = 0;
@@ -92,9 +92,10 @@ class Table {
   // Take slot i into this step. `param` is the parameter or a real view of it, `grad` has its layout, `state_dict` is the
   // optimizer's entry (or None), `states` the rule's tensors in it or views of them, `step` a CPU scalar tensor or None
   // (then `fresh` says whether this is the first step). `lasting`: all are the optimizer's own objects, so that the next
-  // gather may check natively. Throws std::invalid_argument, with nothing changed, where a tensor does not fit.
+  // gather may check natively. `owners` is kept as long as the pointers are. Throws std::invalid_argument, with nothing
+  // changed, where a tensor does not fit.
   void bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
-            bool fresh, bool lasting);
+            PyObject* owners, bool fresh, bool lasting);
 
   // Advance the step counters and lay out the active slots, grouped by rule and dtypes, in as many launches as needed.
   std::vector<Launch> launches(const std::vector<Group>& groups, int threads);

@@ -8,6 +8,7 @@ namespace fusedopt::FUSEDOPT_ISA {
 namespace {
 
 constexpr int64_t kBlock = 4096;  // elements summed in T before the sum goes on in double
+constexpr int64_t kPrefetchBlock = 256;
 
 enum class Target { kIndex, kSmoothedIndex, kProbability };
 
@@ -48,17 +49,23 @@ struct RowTarget {
     return w * (keep * T(load(probability[c])) + spread);
   }
 
-  // grad[c] = factor * (mass * exp(x[c] - shift) / exp(...) - y[c]); `scale` is factor * mass / exp(...)
-  FUSEDOPT_HD void write_grad(const S* x, S* grad, int64_t n, T shift, T scale, T factor) const {
-    const T x_label = kTarget == Target::kProbability ? T(0) : T(load(x[label]));  // grad may lie over x
-FUSEDOPT_IVDEP
-    for (int64_t c = 0; c < n; ++c) {
-      T d = scale * exp_of(T(load(x[c])) - shift);
-      if constexpr (kTarget != Target::kIndex) d -= factor * dense(c);
-      store(grad[c], d);
+  // grad[c] = scale * e(c) - factor * y[c], where e(c) is exp(x[c] - max) and e_label its value at the label. `next` is
+  // the row that this thread will read after this one.
+  template <class Exp>
+  FUSEDOPT_HD void write_grad(const Exp& e, T e_label, S* grad, int64_t n, T scale, T factor, const S* next) const {
+    for (int64_t block = 0; block < n; block += kPrefetchBlock) {
+      const int64_t stop = n < block + kPrefetchBlock ? n : block + kPrefetchBlock;
+      if (next)
+        for (int64_t c = block; c < stop; c += int64_t(64 / sizeof(S))) __builtin_prefetch(next + c, 0, 2);
+      FUSEDOPT_IVDEP
+      for (int64_t c = block; c < stop; ++c) {
+        T d = scale * e(c);
+        if constexpr (kTarget != Target::kIndex) d -= factor * dense(c);
+        store(grad[c], d);
+      }
     }
     if constexpr (kTarget != Target::kProbability)
-      store(grad[label], scale * exp_of(x_label - shift) - factor * (dense(label) + one_hot));
+      store(grad[label], scale * e_label - factor * (dense(label) + one_hot));
   }
 };
 
@@ -84,9 +91,38 @@ Compute<S> row_max(const S* x, int64_t n) {
   return max;
 }
 
+struct Sums {
+  double exp = 0, mass = 0, dot = 0;  // of exp(x - max), y, y (x - max)
+};
+
+// kKeep: leave exp(x - max) in `kept`, which may lie over x; a second exp would cost more than reading it back.
+template <bool kKeep, class S, Target kTarget, bool kWeighted>
+Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const S* x, int64_t n, Compute<S> max, S* kept) {
+  using T = Compute<S>;
+  Sums sums;
+  for (int64_t block = 0; block < n; block += kBlock) {
+    const int64_t stop = n < block + kBlock ? n : block + kBlock;
+    T exps = 0, mass = 0, dot = 0;
+#pragma omp simd reduction(+ : exps, mass, dot)
+    for (int64_t c = block; c < stop; ++c) {
+      const T from_max = T(load(x[c])) - max;
+      const T e = exp_of(from_max);
+      exps += e;
+      if constexpr (kTarget != Target::kIndex) dot += y.dense(c) * from_max;
+      if constexpr (kTarget == Target::kProbability) mass += y.dense(c);
+      if constexpr (kKeep) store(kept[c], e);
+    }
+    sums.exp += exps;
+    sums.mass += mass;
+    sums.dot += dot;
+  }
+  return sums;
+}
+
 template <class S, Target kTarget, bool kWeighted>
 void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
+  constexpr bool kKeeps = sizeof(S) == sizeof(T);  // a 16-bit exp would be rounded twice
   const int64_t n = a.classes;
   for (int64_t row = begin; row < end; ++row) {
     const S* x = static_cast<const S*>(a.logits) + row * a.logits_stride;
@@ -100,30 +136,24 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
       continue;
     }
     const T max = row_max(x, n);
-    double sum = 0, mass = 0, dot = 0;
-    for (int64_t block = 0; block < n; block += kBlock) {
-      const int64_t stop = n < block + kBlock ? n : block + kBlock;
-      T block_sum = 0, block_mass = 0, block_dot = 0;
-#pragma omp simd reduction(+ : block_sum, block_mass, block_dot)
-      for (int64_t c = block; c < stop; ++c) {
-        const T from_max = T(load(x[c])) - max;
-        block_sum += exp_of(from_max);
-        if constexpr (kTarget != Target::kIndex) block_dot += y.dense(c) * from_max;
-        if constexpr (kTarget == Target::kProbability) block_mass += y.dense(c);
-      }
-      sum += block_sum;
-      mass += block_mass;
-      dot += block_dot;
-    }
-    if constexpr (kTarget == Target::kSmoothedIndex) mass = double(y.spread) * a.weight_sum;
+    const T from_max = kTarget == Target::kProbability ? T(0) : T(load(x[y.label])) - max;  // read before grad lies over x
+    Sums sums = kKeeps && grad ? sum_row<kKeeps>(y, x, n, max, grad) : sum_row<false>(y, x, n, max, grad);
+    if constexpr (kTarget == Target::kSmoothedIndex) sums.mass = double(y.spread) * a.weight_sum;
     if constexpr (kTarget != Target::kProbability) {
-      mass += y.one_hot;
-      dot += y.one_hot * (load(x[y.label]) - max);
+      sums.mass += y.one_hot;
+      sums.dot += y.one_hot * from_max;
     }
-    const double log_sum = std::log(sum);
-    loss = T(mass * log_sum - dot);
+    const double log_sum = std::log(sums.exp);
+    loss = T(sums.mass * log_sum - sums.dot);
     lse = T(double(max) + log_sum);
-    if (grad) y.write_grad(x, grad, n, max, T(a.grad_factor * mass / sum), T(a.grad_factor));
+    if (!grad) continue;
+    const T factor = T(a.grad_factor), scale = T(a.grad_factor * sums.mass / sums.exp);
+    const S* next = row + 1 < end ? x + a.logits_stride : nullptr;
+    const T e_label = exp_of(from_max);
+    if constexpr (kKeeps)
+      y.write_grad([=](int64_t c) { return T(grad[c]); }, e_label, grad, n, scale, factor, next);
+    else
+      y.write_grad([=](int64_t c) { return exp_of(T(load(x[c])) - max); }, e_label, grad, n, scale, factor, next);
   }
 }
 
@@ -146,7 +176,10 @@ void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
       for (int64_t c = 0; c < n; ++c) mass += y.dense(c);
     const T upstream = a.upstream ? static_cast<const T*>(a.upstream)[row] : T(1);
     const double factor = a.grad_factor * upstream;
-    y.write_grad(x, grad, n, static_cast<const T*>(a.lse)[row], T(factor * mass), T(factor));
+    const T lse = static_cast<const T*>(a.lse)[row];
+    const T e_label = kTarget == Target::kProbability ? T(0) : exp_of(T(load(x[y.label])) - lse);
+    y.write_grad([=](int64_t c) { return exp_of(T(load(x[c])) - lse); }, e_label, grad, n, T(factor * mass), T(factor),
+                 static_cast<const S*>(nullptr));
   }
 }
 

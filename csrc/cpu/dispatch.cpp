@@ -102,8 +102,9 @@ void parallel_for([[maybe_unused]] int threads, int64_t n, const Work& work) {
 
 bool over_rows(CpuEngine::CrossEntropyKernel kernel, const CrossEntropyArgs& args, int threads) {
   if (!kernel) return false;
-  // enough pieces to balance, large enough to be worth a turn
-  const int64_t per_piece = std::max<int64_t>(1, kSpan / std::max<int64_t>(1, args.classes));
+  // enough pieces to balance, large enough to be worth a turn; a thread prefetches the next row of its piece
+  const int64_t per_piece =
+      std::max<int64_t>({1, kSpan / std::max<int64_t>(1, args.classes), args.rows / (8 * int64_t(threads))});
   const int64_t pieces = (args.rows + per_piece - 1) / per_piece;
   if (args.rows * args.classes < kSerial) threads = 1;
   parallel_for(threads, pieces, [&](int64_t i) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +93,43 @@ def step(table: Any, groups: list[tuple[list[float], float]]) -> int:
     return table.cpu_step(groups, torch.get_num_threads())
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor like `tensor`, on huge pages when large: first touch is most of a large write's cost."""
-    return _advised(torch.empty_like(tensor))
-
-
-def huge_empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous tensor, on huge pages when large."""
-    return _advised(torch.empty(shape, dtype=dtype))
-
-
-def _advised(tensor: Tensor) -> Tensor:
+def advised(tensor: Tensor) -> Tensor:
+    """`tensor`, fresh and dense, asked onto huge pages when large: first touch is most of a large write's cost."""
     if tensor.numel() * tensor.element_size() >= HUGE:
         _native.advise_huge_pages(tensor)
     return tensor
+
+
+class _Scratch:
+    """The last large buffer handed out, handed out again once nobody holds it.
+
+    The C library returns blocks of 32 MB and more to the system at once, so each step's gradient would be faulted in
+    page by page again, at several times the cost of computing it. What is kept is what the step's peak held anyway.
+    """
+
+    KEEP = 32 << 20  # bytes: below, malloc keeps its blocks itself
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.storage: torch.UntypedStorage | None = None
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor."""
+        nbytes = shape.numel() * dtype.itemsize
+        if nbytes < self.KEEP:
+            return advised(torch.empty(shape, dtype=dtype))
+        with self.lock:
+            kept = self.storage
+            # a count of 1 is this object's own: no tensor, view or array shares the memory any more
+            if kept is not None and kept.nbytes() == nbytes and torch._C._storage_Use_Count(kept._cdata) == 1:
+                return torch.empty(0, dtype=dtype).set_(kept, 0, shape)
+            self.storage = None
+            out = advised(torch.empty(shape, dtype=dtype))
+            self.storage = out.untyped_storage()
+            return out
+
+
+scratch = _Scratch()
 
 
 def target_total(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int) -> float:

@@ -89,7 +89,7 @@ def _backward(
 ) -> Tensor:
     """The gradient from saved logits and log-sum-exps, rounded once."""
     factor = _factor(logits, target, weight, reduction, ignore_index)
-    grad = cpu.empty_like(logits)
+    grad = cpu.scratch.empty(logits.shape, logits.dtype)
     rows = None
     if reduction == "none":
         rows = upstream.to(lse.dtype).contiguous()
@@ -121,7 +121,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.needs and _at_forward(x, reduction):
             # rows that overlap (an expanded tensor) cannot hold a gradient each
             ctx.inplace = inplace and (x.shape[0] == 1 or x.stride(0) >= x.shape[1])
-            ctx.grad = x if ctx.inplace else cpu.empty_like(x)
+            ctx.grad = x if ctx.inplace else cpu.scratch.empty(x.shape, x.dtype)
         loss, lse = _forward(x, target, scale, reduction, ignore_index, label_smoothing, ctx.grad)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # whoever saved the logits learns that they are gone
@@ -209,7 +209,7 @@ def _op(
     x = _rows(logits)
     target = _rows(target) if target.dim() == 2 else target.contiguous()
     scale = weight if weight is None else weight.to(_compute_dtype(x.dtype)).contiguous()
-    grad = cpu.huge_empty(x.shape, x.dtype) if with_grad else None
+    grad = cpu.scratch.empty(x.shape, x.dtype) if with_grad else None
     loss, lse = _forward(x, target, scale, reduction, ignore_index, label_smoothing, grad)
     return loss.clone(), x.new_empty(0) if grad is None else grad, lse.clone()
 

@@ -140,6 +140,7 @@ class FusedStep:
         """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
         grad = param.grad
         self._check_fusable(param, grad, group)
+        known = param in self.state and len(self.state[param]) > 0
         self._stock_lists(group, [param])  # stock's own checks, errors and state
         state = self.state[param] if param in self.state else None
         fresh = False
@@ -156,8 +157,9 @@ class FusedStep:
                 )
             if value.dtype != param.dtype or value.device != param.device or value.layout != torch.strided:
                 raise Unfusable(f"state {key!r} is {value.dtype} on {value.device}")
-            if not _same_strides(value, param):  # a contiguous checkpoint in a channels_last model, say
-                value = state[key] = torch.empty_like(param).copy_(value)
+            # a contiguous checkpoint in a channels_last model, say; or a new state, better off on huge pages
+            if not _same_strides(value, param) or (not known and value.nbytes >= cpu.HUGE):
+                value = state[key] = cpu.advised(torch.empty_like(param)).copy_(value)
             states.append(value)
         counter = None if state is None else state.get("step")
         if counter is not None and not isinstance(counter, Tensor):
@@ -167,15 +169,20 @@ class FusedStep:
 
         real = _real_dtype(param.dtype)
         grad_dtype = grad.dtype if cpu.supports(rule, real, _real_dtype(grad.dtype), real) else param.dtype
-        lasting = not param.is_complex()
+        # a lazily negated or conjugated tensor's memory does not hold its values, and DLPack does not tell
+        lasting = not (param.is_complex() or grad.is_neg())
+        if param.is_neg() or param.is_conj():
+            raise Unfusable("lazily negated or conjugated")
         if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
             grad = torch.empty_like(param, dtype=grad_dtype).copy_(grad)
         held = [grad]
         if param.is_complex():
             param, grad, *states = map(torch.view_as_real, (param, grad, *states))
             held += [param, grad, *states]
+        # the table keeps the memory alive: a state whose .data is swapped goes unnoticed, but must not be freed
+        owners = tuple(t.untyped_storage() for t in (*states, *([] if counter is None else [counter])))
         try:
-            self._table.bind(slot, param, grad, state, tuple(states), counter, fresh=fresh, lasting=lasting)
+            self._table.bind(slot, param, grad, state, tuple(states), counter, owners, fresh=fresh, lasting=lasting)
         except ValueError as error:
             raise Unfusable(str(error)) from None
         return held
@@ -203,7 +210,7 @@ class FusedStep:
             "fused": False,
         }
         wanted = inspect.signature(self.functional).parameters
-        keywords = {key: known[key] for key in wanted if key in known}
+        keywords = {key: known[key] for key in wanted if key in known and key != "params"}
         self.functional(params, grads, **lists, **keywords)
         for param, buffer in zip(params, lists.get("momentum_buffer_list", ()), strict=False):
             self.state[param]["momentum_buffer"] = buffer  # SGD's function makes the first one
