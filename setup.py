@@ -1,7 +1,7 @@
-"""Builds the native core: plain C++17, no torch, no network. Needs pybind11 and ninja, which pip's isolated build fetches.
+"""Builds the native core: plain C++17, no torch. Needs pybind11 and ninja, which pip's isolated build fetches.
 
-FUSEDOPT_REQUIRE_NATIVE=1 makes a failed native build fail the installation; otherwise fusedopt installs without it, runs on
-PyTorch's own kernels, and `python -m fusedopt` says why.
+FUSEDOPT_REQUIRE_NATIVE=1 makes a failed native build fail the installation; otherwise fusedopt installs without it,
+runs on PyTorch's own kernels, and `python -m fusedopt` says why.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def write_ninja(path: Path, cxx: list[str], target: Path, openmp: list[str]) -> 
     for source in ISA_SOURCES:
         for isa, flags in isas.items():
             objects[f"{Path(source).stem}_{isa}.o"] = (
-                source, [*LOOPS, *flags, f"-DFUSEDOPT_ISA={isa}", "-fopenmp-simd"],
+                source,
+                [*LOOPS, *flags, f"-DFUSEDOPT_ISA={isa}", "-fopenmp-simd"],
             )
     for source in SOURCES:
         objects[f"{Path(source).stem}.o"] = (source, [*python, *openmp, f"'-DFUSEDOPT_ISAS(X)={listed}'"])
@@ -114,7 +115,9 @@ class NinjaBuild(build_ext):
                 raise
             info = {"native": False, "reason": str(failure), "remedy": failure.remedy}
             target.unlink(missing_ok=True)
-            print(f"fusedopt: installing without the native core: {failure}. To get it: {failure.remedy}", file=sys.stderr)
+            print(
+                f"fusedopt: installing without the native core: {failure}. To get it: {failure.remedy}", file=sys.stderr
+            )
         folders = [target.parent] + ([ROOT / "fusedopt"] if getattr(self, "editable_mode", False) else [])
         for folder in folders:
             (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
@@ -122,8 +125,14 @@ class NinjaBuild(build_ext):
     def build_native(self, target: Path) -> dict[str, object]:
         cxx = compiler()
         if not accepts(cxx, ["-std=c++17"]):
-            raise BuildFailed(f"{shlex.join(cxx)} does not compile C++17", "install gcc >= 9 or clang >= 10, then reinstall")
-        openmp = ["-fopenmp"] if accepts(cxx, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }") else []
+            raise BuildFailed(
+                f"{shlex.join(cxx)} does not compile C++17", "install gcc >= 9 or clang >= 10, then reinstall"
+            )
+        openmp = (
+            ["-fopenmp"]
+            if accepts(cxx, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }")
+            else []
+        )
         # a folder of the checkout's own, so that a second build compiles only what changed
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,8 @@ dlpack::Tensor tensor(py::handle object, const char* name, std::initializer_list
   dlpack::Tensor t{};
   if (object.is_none()) return t;
   checked([&] {
-    if (!read_tensor(object.ptr(), &t)) throw std::invalid_argument(std::string(name) + " has no memory that can be read");
+    if (!read_tensor(object.ptr(), &t))
+      throw std::invalid_argument(std::string(name) + " has no memory that can be read");
     return 0;
   });
   if (t.device.type != dlpack::kCPU) throw std::invalid_argument(std::string(name) + " is not on the CPU");
@@ -94,7 +95,7 @@ double target_total(py::handle target_object, py::handle weight_object, int64_t 
   double total = 0;
   for (int64_t i = 0; i < rows; ++i) {
     if (target[i] == ignore_index) continue;
-    total += !weight.data ? 1
+    total += !weight.data                            ? 1
              : dtype_of(weight.dtype) == Dtype::kF64 ? static_cast<const double*>(weight.data)[target[i]]
                                                      : static_cast<const float*>(weight.data)[target[i]];
   }
@@ -165,28 +166,39 @@ PYBIND11_MODULE(_native, m) {
   m.def("rules", rules, "(name, hyperparameters, states, number of states) of every rule, in the order of their index");
   m.def("has_openmp", has_openmp);
   m.def("cpu_isa", [] { return std::string(cpu_isa()); }, "The instruction set in use.");
-  m.def("cpu_isas", [] {
-    std::vector<std::string> names;
-    for (const char* const* isa = cpu_isas(); *isa; ++isa) names.emplace_back(*isa);
-    return names;
-  }, "Instruction sets that this build holds and this machine runs, best first.");
+  m.def(
+      "cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const char* const* isa = cpu_isas(); *isa; ++isa) names.emplace_back(*isa);
+        return names;
+      },
+      "Instruction sets that this build holds and this machine runs, best first.");
   m.def("use_cpu_isa", [](const std::string& name) { return use_cpu_isa(name.c_str()); });
-  m.def("advise_huge_pages", [](py::handle object) {
-    dlpack::Tensor t;
-    if (!checked([&] { return read_tensor(object.ptr(), &t); }) || t.device.type != dlpack::kCPU) return;
-    int64_t bytes = t.dtype.bits / 8;
-    for (int d = 0; d < t.ndim; ++d) bytes *= t.shape[d];
-    advise_huge_pages(t.data, bytes);
-  }, "Ask for huge pages behind a contiguous CPU tensor that has not been touched yet.");
+  m.def(
+      "advise_huge_pages",
+      [](py::handle object) {
+        dlpack::Tensor t;
+        if (!checked([&] { return read_tensor(object.ptr(), &t); }) || t.device.type != dlpack::kCPU) return;
+        int64_t bytes = t.dtype.bits / 8;
+        for (int d = 0; d < t.ndim; ++d) bytes *= t.shape[d];
+        advise_huge_pages(t.data, bytes);
+      },
+      "Ask for huge pages behind a contiguous CPU tensor that has not been touched yet.");
   m.def("obstacle", [](py::handle object) -> std::string {
     dlpack::Tensor t;
-    if (!checked([&] { return read_tensor(object.ptr(), &t); })) return "no memory of its own (meta, fake or wrapper tensor)";
+    if (!checked([&] { return read_tensor(object.ptr(), &t); }))
+      return "no memory of its own (meta, fake or wrapper tensor)";
+    if (t.ndim > Layout::kMaxDims) return "more than " + std::to_string(Layout::kMaxDims) + " dimensions";
     return is_dense(t) ? "" : "strides with gaps or overlaps";
   });
   m.def("cpu_can_step", [](int rule, const std::string& param, const std::string& grad, const std::string& state) {
     const auto named = [](const std::string& name) {
-      return name == "float64" ? Dtype::kF64 : name == "float32" ? Dtype::kF32 : name == "bfloat16" ? Dtype::kBF16
-             : name == "float16" ? Dtype::kF16 : Dtype::kOther;
+      return name == "float64"    ? Dtype::kF64
+             : name == "float32"  ? Dtype::kF32
+             : name == "bfloat16" ? Dtype::kBF16
+             : name == "float16"  ? Dtype::kF16
+                                  : Dtype::kOther;
     };
     Launch launch{};
     launch.rule = rule;
@@ -204,53 +216,62 @@ PYBIND11_MODULE(_native, m) {
                     "The tensors of an optimizer's steps; see gather.h.")
       .def(py::init<>())
       .def("__len__", &Table::size)
-      .def("gather", [](Table& t, py::handle param_groups, py::handle state, const std::vector<int>& rules) {
-        return checked([&] { return t.gather(param_groups.ptr(), state.ptr(), rules); });
-      })
-      .def("bind", [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
-                      py::handle step, py::handle owners, bool fresh, bool lasting) {
-        checked([&] {
-          t.bind(i, param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), step.ptr(), owners.ptr(), fresh, lasting);
-          return 0;
-        });
-      }, py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"), py::arg("step"), py::arg("owners"),
-         py::kw_only(), py::arg("fresh"), py::arg("lasting"))
-      .def("slot", [](const Table& t, int64_t i) {
-        const Slot& slot = t.slot(i);
-        return py::make_tuple(py::reinterpret_borrow<py::object>(slot.param.get()), slot.group);
-      }, "(parameter, group index) of a slot")
+      .def("gather",
+           [](Table& t, py::handle param_groups, py::handle state, const std::vector<int>& rules) {
+             return checked([&] { return t.gather(param_groups.ptr(), state.ptr(), rules); });
+           })
+      .def(
+          "bind",
+          [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
+             py::handle step, py::handle owners, bool fresh, bool lasting) {
+            checked([&] {
+              t.bind(i, param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), step.ptr(), owners.ptr(), fresh,
+                     lasting);
+              return 0;
+            });
+          },
+          py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"), py::arg("step"),
+          py::arg("owners"), py::kw_only(), py::arg("fresh"), py::arg("lasting"))
+      .def(
+          "slot",
+          [](const Table& t, int64_t i) {
+            const Slot& slot = t.slot(i);
+            return py::make_tuple(py::reinterpret_borrow<py::object>(slot.param.get()), slot.group);
+          },
+          "(parameter, group index) of a slot")
       .def("active", &Table::active)
-      .def("updated", [](Table& t) {
-        return checked([&] { return py::reinterpret_borrow<py::object>(t.updated()); });
-      })
-      .def("cpu_step", [](Table& t, const std::vector<std::pair<std::vector<double>, double>>& groups, int threads) {
-        const std::vector<Group> group_values = groups_from(groups);
-        const std::vector<Launch> launches = t.launches(group_values, threads);
-        py::gil_scoped_release release;
-        for (const Launch& launch : launches) cpu_step(launch);
-        return launches.size();
-      }, "One step of every active slot; returns the number of launches.");
+      .def("updated", [](Table& t) { return checked([&] { return py::reinterpret_borrow<py::object>(t.updated()); }); })
+      .def(
+          "cpu_step",
+          [](Table& t, const std::vector<std::pair<std::vector<double>, double>>& groups, int threads) {
+            const std::vector<Group> group_values = groups_from(groups);
+            const std::vector<Launch> launches = t.launches(group_values, threads);
+            py::gil_scoped_release release;
+            for (const Launch& launch : launches) cpu_step(launch);
+            return launches.size();
+          },
+          "One step of every active slot; returns the number of launches.");
 
   m.def("target_total", target_total);
-  const auto call = [](py::object logits, py::object target, py::object weight, double weight_sum,
-                       int64_t ignore_index, double label_smoothing, py::object grad, double grad_factor,
-                       py::object upstream, py::object loss, py::object lse) {
-    return arguments({logits, target, weight, upstream, grad, loss, lse, weight_sum, label_smoothing, grad_factor,
-                      ignore_index});
+  const auto call = [](py::object logits, py::object target, py::object weight, double weight_sum, int64_t ignore_index,
+                       double label_smoothing, py::object grad, double grad_factor, py::object upstream,
+                       py::object loss, py::object lse) {
+    return arguments(
+        {logits, target, weight, upstream, grad, loss, lse, weight_sum, label_smoothing, grad_factor, ignore_index});
   };
   m.def("cpu_cross_entropy_forward", [call](py::object logits, py::object target, py::object weight, double weight_sum,
                                             int64_t ignore_index, double label_smoothing, py::object grad,
                                             double grad_factor, py::object loss, py::object lse, int threads) {
-    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad, grad_factor,
-                                    py::none(), loss, lse);
+    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad,
+                                    grad_factor, py::none(), loss, lse);
     py::gil_scoped_release release;
     cpu_cross_entropy_forward(a, threads);
   });
   m.def("cpu_cross_entropy_backward", [call](py::object logits, py::object target, py::object weight, double weight_sum,
                                              int64_t ignore_index, double label_smoothing, py::object grad,
                                              double grad_factor, py::object upstream, py::object lse, int threads) {
-    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad, grad_factor,
-                                    upstream, py::none(), lse);
+    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad,
+                                    grad_factor, upstream, py::none(), lse);
     py::gil_scoped_release release;
     cpu_cross_entropy_backward(a, threads);
   });

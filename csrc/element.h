@@ -1,8 +1,8 @@
 // Storage types. Arithmetic is float (double for double); these convert at load and store only.
 //
 // The headers that engines compile once per instruction set live in namespace fusedopt::FUSEDOPT_ISA: a template
-// instantiated by two builds in one namespace would be one weak symbol, the linker would keep either, and an old machine
-// would die of an illegal instruction.
+// instantiated by two builds in one namespace would be one weak symbol, the linker would keep either, and an old
+// machine would die of an illegal instruction.
 #pragma once
 #include <cstdint>
 #include <cstring>

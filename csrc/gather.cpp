@@ -16,8 +16,8 @@ PyObject* interned(const char* name) {
 
 const dlpack::ExchangeApi* exchange_api(PyObject* tensor) {
   static const dlpack::ExchangeApi* api = [&] {
-    const Ref capsule = Ref::steal(
-        PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "__dlpack_c_exchange_api__"));
+    const Ref capsule =
+        Ref::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "__dlpack_c_exchange_api__"));
     if (!capsule.get()) throw PythonError();
     const auto* found =
         static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.get(), dlpack::kExchangeCapsule));
@@ -69,9 +69,12 @@ bool is_negated(PyObject* tensor) {
 
 int64_t size_of(Dtype dtype) {
   switch (dtype) {
-    case Dtype::kF64: return 8;
-    case Dtype::kF32: return 4;
-    default: return 2;
+    case Dtype::kF64:
+      return 8;
+    case Dtype::kF32:
+      return 4;
+    default:
+      return 2;
   }
 }
 
@@ -164,6 +167,7 @@ std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, cons
       }
     }
   }
+  moved_ |= i < slots_.size();
   slots_.erase(slots_.begin() + ptrdiff_t(i), slots_.end());
   return attention;
 }
@@ -336,8 +340,8 @@ std::vector<Launch> Table::launches(const std::vector<Group>& groups, int thread
   for (size_t i = 0; i < order.size(); ++i) {
     Slot& slot = *order[i];
     if (i == 0 || key(*order[i - 1]) != key(slot))
-      launches.push_back({slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, rows_.data() + i, 0, groups.data(),
-                          threads});
+      launches.push_back(
+          {slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, rows_.data() + i, 0, groups.data(), threads});
     ++launches.back().n_rows;
     double step = slot.fresh ? 1 : 2;
     if (slot.step)

@@ -1,7 +1,7 @@
 // A step's tensors in: which parameters have a gradient now, where everything lies, and what of that changed.
 //
-// Python is asked only about what is new (a first gradient, replaced state, another layout); everything else is read and
-// checked here, through DLPack's exchange API, in about 0.1 us a tensor.
+// Python is asked only about what is new (a first gradient, replaced state, another layout); everything else is read
+// and checked here, through DLPack's exchange API, in about 0.1 us a tensor.
 #pragma once
 #include <Python.h>
 
@@ -51,8 +51,8 @@ struct Layout {
   int64_t shape[kMaxDims], strides[kMaxDims];
 
   Layout() = default;
-  explicit Layout(const dlpack::Tensor& tensor);   // throws std::invalid_argument beyond kMaxDims
-  bool same(const dlpack::Tensor& tensor) const;   // same shape, same strides where they matter
+  explicit Layout(const dlpack::Tensor& tensor);  // throws std::invalid_argument beyond kMaxDims
+  bool same(const dlpack::Tensor& tensor) const;  // same shape, same strides where they matter
 };
 
 // No gaps, no overlap, any order of dimensions.
@@ -71,7 +71,7 @@ struct Slot {
   bool active = false;  // takes part in this step
   bool fresh = false;   // has a state buffer but no step counter, and has not stepped
   bool was_active = false;
-  int wave = 0;         // tensors that share memory step one after the other
+  int wave = 0;  // tensors that share memory step one after the other
 
   Layout layout;
   Dtype dtype{}, grad_dtype{}, state_dtype{};
@@ -85,22 +85,22 @@ struct Slot {
 
 class Table {
  public:
-  // Walk param_groups; rules[i] is the rule of group i. Returns the slots that Python must look at: they have a gradient
-  // but are new, or changed in more than a pointer. Slots without a gradient sleep.
+  // Walk param_groups; rules[i] is the rule of group i. Returns the slots that Python must look at: they have a
+  // gradient but are new, or changed in more than a pointer. Slots without a gradient sleep.
   std::vector<int64_t> gather(PyObject* param_groups, PyObject* state, const std::vector<int>& rules);
 
-  // Take slot i into this step. `param` is the parameter or a real view of it, `grad` has its layout, `state_dict` is the
-  // optimizer's entry (or None), `states` the rule's tensors in it or views of them, `step` a CPU scalar tensor or None
-  // (then `fresh` says whether this is the first step). `lasting`: all are the optimizer's own objects, so that the next
-  // gather may check natively. `owners` is kept as long as the pointers are. Throws std::invalid_argument, with nothing
-  // changed, where a tensor does not fit.
+  // Take slot i into this step. `param` is the parameter or a real view of it, `grad` has its layout, `state_dict` is
+  // the optimizer's entry (or None), `states` the rule's tensors in it or views of them, `step` a CPU scalar tensor or
+  // None (then `fresh` says whether this is the first step). `lasting`: all are the optimizer's own objects, so that
+  // the next gather may check natively. `owners` is kept as long as the pointers are. Throws std::invalid_argument,
+  // with nothing changed, where a tensor does not fit.
   void bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
             PyObject* owners, bool fresh, bool lasting);
 
   // Advance the step counters and lay out the active slots, grouped by rule and dtypes, in as many launches as needed.
   std::vector<Launch> launches(const std::vector<Group>& groups, int threads);
 
-  PyObject* updated();                 // list of the active slots' parameters; borrowed
+  PyObject* updated();  // list of the active slots' parameters; borrowed
   std::vector<bool> active() const;
   int64_t size() const { return int64_t(slots_.size()); }
   const Slot& slot(int64_t i) const { return slots_.at(size_t(i)); }

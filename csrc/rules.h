@@ -13,10 +13,10 @@
 #include <cmath>
 
 // A rule's hyperparameters and their names, from one list.
-#define FUSEDOPT_HYPER(...)    \
-  struct Hyper {               \
-    double __VA_ARGS__;        \
-  };                           \
+#define FUSEDOPT_HYPER(...) \
+  struct Hyper {            \
+    double __VA_ARGS__;     \
+  };                        \
   static constexpr const char* kHyper = #__VA_ARGS__
 
 namespace fusedopt::FUSEDOPT_ISA {
@@ -217,6 +217,7 @@ struct LionRule {
 };
 
 // Every rule, in the order of Launch::rule. X(rule of T)
+// clang-format off
 template <class T> using Adam = AdamRule<T, false, false>;
 template <class T> using AdamAmsgrad = AdamRule<T, false, true>;
 template <class T> using AdamW = AdamRule<T, true, false>;
@@ -229,9 +230,12 @@ template <class T> using Adagrad = AdagradRule<T>;
 template <class T> using SGD = SGDRule<T, false>;
 template <class T> using SGDMomentum = SGDRule<T, true>;
 template <class T> using Lion = LionRule<T>;
+// clang-format on
 
-#define FUSEDOPT_RULES(X)                                                                                     \
-  X(Adam) X(AdamAmsgrad) X(AdamW) X(AdamWAmsgrad) X(RMSprop) X(RMSpropMomentum) X(RMSpropCentered)            \
-  X(RMSpropCenteredMomentum) X(Adagrad) X(SGD) X(SGDMomentum) X(Lion)
+#define FUSEDOPT_RULES(X)                                                                                         \
+  X(Adam)                                                                                                         \
+  X(AdamAmsgrad)                                                                                                  \
+  X(AdamW) X(AdamWAmsgrad) X(RMSprop) X(RMSpropMomentum) X(RMSpropCentered) X(RMSpropCenteredMomentum) X(Adagrad) \
+      X(SGD) X(SGDMomentum) X(Lion)
 
 }  // namespace fusedopt::FUSEDOPT_ISA

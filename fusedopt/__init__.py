@@ -1,7 +1,7 @@
 """fusedopt: drop-in fused optimizers and losses for PyTorch.
 
-    import torch.optim as optim          ->  from fusedopt import optim
-    criterion = nn.CrossEntropyLoss()    ->  criterion = fusedopt.nn.CrossEntropyLoss()
+import torch.optim as optim          ->  from fusedopt import optim
+criterion = nn.CrossEntropyLoss()    ->  criterion = fusedopt.nn.CrossEntropyLoss()
 """
 
 from fusedopt import backends, nn, optim

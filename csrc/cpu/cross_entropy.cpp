@@ -136,7 +136,8 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
       continue;
     }
     const T max = row_max(x, n);
-    const T from_max = kTarget == Target::kProbability ? T(0) : T(load(x[y.label])) - max;  // read before grad lies over x
+    const T from_max =
+        kTarget == Target::kProbability ? T(0) : T(load(x[y.label])) - max;  // read before grad lies over x
     Sums sums = kKeeps && grad ? sum_row<kKeeps>(y, x, n, max, grad) : sum_row<false>(y, x, n, max, grad);
     if constexpr (kTarget == Target::kSmoothedIndex) sums.mass = double(y.spread) * a.weight_sum;
     if constexpr (kTarget != Target::kProbability) {
@@ -207,11 +208,16 @@ CpuEngine::CrossEntropyKernel for_target(const CrossEntropyArgs& a) {
 template <template <class> class Pass>
 CpuEngine::CrossEntropyKernel for_dtype(const CrossEntropyArgs& a) {
   switch (a.dtype) {
-    case Dtype::kF64: return for_target<Pass<double>>(a);
-    case Dtype::kF32: return for_target<Pass<float>>(a);
-    case Dtype::kBF16: return for_target<Pass<bf16>>(a);
-    case Dtype::kF16: return for_target<Pass<f16>>(a);
-    default: return nullptr;
+    case Dtype::kF64:
+      return for_target<Pass<double>>(a);
+    case Dtype::kF32:
+      return for_target<Pass<float>>(a);
+    case Dtype::kBF16:
+      return for_target<Pass<bf16>>(a);
+    case Dtype::kF16:
+      return for_target<Pass<f16>>(a);
+    default:
+      return nullptr;
   }
 }
 

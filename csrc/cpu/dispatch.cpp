@@ -14,11 +14,11 @@
 namespace fusedopt {
 
 // setup.py names the builds it makes: FUSEDOPT_ISAS is X(avx512) X(avx2) X(baseline), X(neon), ...; best first
-#define FUSEDOPT_DECLARE(isa)                                                        \
-  namespace isa {                                                                    \
-  CpuEngine::StepKernel step_kernel(const Launch&);                                  \
-  CpuEngine::CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs&);      \
-  CpuEngine::CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs&);     \
+#define FUSEDOPT_DECLARE(isa)                                                    \
+  namespace isa {                                                                \
+  CpuEngine::StepKernel step_kernel(const Launch&);                              \
+  CpuEngine::CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs&);  \
+  CpuEngine::CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs&); \
   }
 FUSEDOPT_ISAS(FUSEDOPT_DECLARE)
 #undef FUSEDOPT_DECLARE
@@ -54,9 +54,9 @@ const CpuEngine*& engine() {
   return current;
 }
 
-constexpr int64_t kSpan = 1 << 16;      // elements that one thread takes at a time
-constexpr int64_t kRowCost = 32;        // a tensor's own overhead, in elements
-constexpr int64_t kSerial = 1 << 14;    // less work than this is not worth waking a second thread
+constexpr int64_t kSpan = 1 << 16;    // elements that one thread takes at a time
+constexpr int64_t kRowCost = 32;      // a tensor's own overhead, in elements
+constexpr int64_t kSerial = 1 << 14;  // less work than this is not worth waking a second thread
 
 // Cut the launch into spans of about equal work: many small tensors share one, a large tensor fills many.
 std::vector<Span> cut(const Launch& launch, int64_t span_size) {
@@ -107,9 +107,8 @@ bool over_rows(CpuEngine::CrossEntropyKernel kernel, const CrossEntropyArgs& arg
       std::max<int64_t>({1, kSpan / std::max<int64_t>(1, args.classes), args.rows / (8 * int64_t(threads))});
   const int64_t pieces = (args.rows + per_piece - 1) / per_piece;
   if (args.rows * args.classes < kSerial) threads = 1;
-  parallel_for(threads, pieces, [&](int64_t i) {
-    kernel(args, i * per_piece, std::min(args.rows, (i + 1) * per_piece));
-  });
+  parallel_for(threads, pieces,
+               [&](int64_t i) { kernel(args, i * per_piece, std::min(args.rows, (i + 1) * per_piece)); });
   return true;
 }
 

@@ -6,8 +6,8 @@ namespace fusedopt {
 
 // Instruction sets this build holds and this machine runs, best first; the list ends with null.
 const char* const* cpu_isas();
-const char* cpu_isa();                 // the one in use
-bool use_cpu_isa(const char* name);    // false when this machine or build lacks it
+const char* cpu_isa();               // the one in use
+bool use_cpu_isa(const char* name);  // false when this machine or build lacks it
 bool has_openmp();
 
 // False when there is no loop for these dtypes; nothing has been written then.

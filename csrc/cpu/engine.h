@@ -5,7 +5,8 @@
 
 namespace fusedopt {
 
-// A contiguous piece of a launch's elements: from element `begin` of row `first_row`, up to element `end` of `last_row`.
+// A contiguous piece of a launch's elements: from element `begin` of row `first_row`, up to element `end` of
+// `last_row`.
 struct Span {
   int64_t first_row, begin;
   int64_t last_row, end;

@@ -46,7 +46,8 @@ def check(name: str) -> str:
         raise ValueError(f"backend={name!r} is not one of {', '.join(map(repr, ('auto', *NAMES)))}")
     reason = available()[name]
     if reason is not True:
-        raise BackendUnavailableError(f"backend={name!r} cannot run here: {reason}")
+        remedy = f"; to mend it: {cpu.remedy()}" if name == "cpu" else ""
+        raise BackendUnavailableError(f"backend={name!r} cannot run here: {reason}{remedy}")
     return name
 
 

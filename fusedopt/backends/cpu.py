@@ -1,4 +1,4 @@
-"""The native CPU engine: vector loops built once per instruction set, OpenMP threads as many as `torch.get_num_threads()`."""
+"""The native CPU engine: vector loops built once per instruction set, `torch.get_num_threads()` OpenMP threads."""
 
 from __future__ import annotations
 
@@ -50,8 +50,17 @@ def available() -> bool | str:
         return True
     info = build_info()
     if info.get("native") is False:
-        return f"the native library was not built: {info['reason']}; {info['remedy']}"
-    return f"the native library does not load ({_IMPORT_ERROR}); reinstall fusedopt with this Python"
+        return f"the native library was not built: {info['reason']}"
+    return f"the native library does not load ({_IMPORT_ERROR})"
+
+
+def remedy() -> str:
+    """What turns this backend on, where `available()` gives a reason."""
+    if _ISA_ERROR is not None:
+        return "unset FUSEDOPT_CPU, or name one of those"
+    return build_info().get(
+        "remedy", "reinstall fusedopt with this Python: pip install --force-reinstall --no-deps fusedopt"
+    )
 
 
 def isa() -> str:
@@ -161,7 +170,17 @@ def cross_entropy_forward(
     """
     total = float(weight.sum(dtype=torch.float64)) if weight is not None else float(logits.shape[1])
     _native.cpu_cross_entropy_forward(
-        logits, target, weight, total, ignore_index, label_smoothing, grad, grad_factor, loss, lse, torch.get_num_threads()
+        logits,
+        target,
+        weight,
+        total,
+        ignore_index,
+        label_smoothing,
+        grad,
+        grad_factor,
+        loss,
+        lse,
+        torch.get_num_threads(),
     )
 
 
@@ -179,5 +198,15 @@ def cross_entropy_backward(
     """The gradient from the saved log-sum-exps, times `grad_factor` and each row's `upstream`, rounded once."""
     total = float(weight.sum(dtype=torch.float64)) if weight is not None else float(logits.shape[1])
     _native.cpu_cross_entropy_backward(
-        logits, target, weight, total, ignore_index, label_smoothing, grad, grad_factor, upstream, lse, torch.get_num_threads()
+        logits,
+        target,
+        weight,
+        total,
+        ignore_index,
+        label_smoothing,
+        grad,
+        grad_factor,
+        upstream,
+        lse,
+        torch.get_num_threads(),
     )

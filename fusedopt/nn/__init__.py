@@ -1,6 +1,6 @@
 """Fused losses, drop-in for torch.nn's. Every other name of torch.nn resolves to torch's own.
 
-    criterion = nn.CrossEntropyLoss()      ->      criterion = fusedopt.nn.CrossEntropyLoss()
+criterion = nn.CrossEntropyLoss()      ->      criterion = fusedopt.nn.CrossEntropyLoss()
 """
 
 from __future__ import annotations

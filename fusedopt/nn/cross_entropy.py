@@ -163,8 +163,8 @@ def _at_forward_done(ctx: Any) -> bool:
     reduction = ctx.options[0]
     if ctx.inplace:
         raise RuntimeError(
-            "Trying to backward through the graph a second time: cross_entropy(inplace=True) has handed its gradient on. "
-            "Specify retain_graph=True if you need to backward through the graph a second time."
+            "Trying to backward through the graph a second time: cross_entropy(inplace=True) has handed its gradient "
+            "on. Specify retain_graph=True if you need to backward through the graph a second time."
         )
     logits = ctx.saved_tensors[0]  # raises autograd's own error once freed
     return _at_forward(logits, reduction)

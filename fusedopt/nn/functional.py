@@ -30,13 +30,13 @@ def cross_entropy(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Same as `torch.nn.functional.cross_entropy`, in one pass: 4 bytes per bf16 logit with the gradient, stock moves 18.
+    """Same as `torch.nn.functional.cross_entropy`, with loss and gradient in one pass over the logits.
 
         loss_i = -w[y_i] log softmax(x_i)[y_i]
 
     For reductions "mean" and "sum" the gradient is written during forward, so backward only multiplies by the upstream
-    gradient; "none" and float16 keep the log-sum-exp and write the gradient, rounded once, in backward. Between forward and
-    backward the logits may be changed in place in the first case, as with stock; in the second autograd raises.
+    gradient; "none" and float16 keep the log-sum-exp and write the gradient, rounded once, in backward. Between forward
+    and backward the logits may be changed in place in the first case, as with stock; in the second autograd raises.
 
     Args:
         input (Tensor): logits (C), (N, C) or (N, C, d1, ...), float32, bfloat16, float16 or float64.
@@ -93,6 +93,8 @@ def _fusable(
         backends.check(backend)
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             return False
+        if input.is_neg() or target.is_neg():  # DLPack does not tell that the values are negated
+            return False
     if backend == "reference" or input.device.type != "cpu" or not cpu.READY:
         return False
     class_dim = 0 if input.dim() == 1 else 1
@@ -111,7 +113,6 @@ def _fusable(
         and input.dtype in _fused.DTYPES
         and target.device == input.device
         and input.layout == target.layout == torch.strided
-        and not (input.is_neg() or target.is_neg())
         and reduction in ("none", "mean", "sum")
         and 0.0 <= label_smoothing <= 1.0
     )

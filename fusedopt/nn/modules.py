@@ -12,16 +12,16 @@ from fusedopt.nn import functional
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Same as `torch.nn.CrossEntropyLoss`, with loss and gradient computed in one pass over the logits.
 
-    Two departures: the loss of float16 and bfloat16 logits is float32, and the gradient of "mean" and "sum" is made during
-    forward (see `fusedopt.nn.functional.cross_entropy`).
+    Two departures: the loss of float16 and bfloat16 logits is float32, and the gradient of "mean" and "sum" is made
+    during forward (see `fusedopt.nn.functional.cross_entropy`).
 
     Args: those of `torch.nn.CrossEntropyLoss`, and
 
         inplace (bool): let the gradient overwrite the logits, which then hold no logits any more (default: False).
         backend (str): "auto", "cpu", "cuda", "triton" or "reference".
 
-    Shape: input (C), (N, C) or (N, C, d1, ...); target () / (N) / (N, d1, ...) int64 class indices, or probabilities of the
-    input's shape; output a scalar, or the target's index shape for reduction "none".
+    Shape: input (C), (N, C) or (N, C, d1, ...); target () / (N) / (N, d1, ...) int64 class indices, or probabilities
+    of the input's shape; output a scalar, or the target's index shape for reduction "none".
 
     Source: `torch.nn.CrossEntropyLoss`.
     """

@@ -101,7 +101,9 @@ class FusedStep:
             if tensors:
                 self._update_by_torch(group, tensors, inv_scale)
         if self._table is not None:
-            groups = [(self._hyper(group), -inv_scale if group["maximize"] else inv_scale) for group in self.param_groups]
+            groups = [
+                (self._hyper(group), -inv_scale if group["maximize"] else inv_scale) for group in self.param_groups
+            ]
             cpu.step(self._table, groups)
             # raw writes are invisible to autograd, which would go on with saved tensors that have changed
             torch.autograd.graph.increment_version(self._table.updated())
@@ -124,7 +126,9 @@ class FusedStep:
         backend = backends.select(self._options["backend"], param.device)
         if backend is not cpu:
             raise Unfusable(
-                "asked for" if self._options["backend"] == "reference" else f"no kernels for {param.device.type} tensors"
+                "asked for"
+                if self._options["backend"] == "reference"
+                else f"no kernels for {param.device.type} tensors"
             )
         if group.get("differentiable"):
             raise Unfusable("differentiable=True")
@@ -133,6 +137,8 @@ class FusedStep:
         real = _real_dtype(param.dtype)
         if not cpu.supports(cpu.rules()[self._rule(group)][0], real, real, real):
             raise Unfusable(f"no kernel for {param.dtype}")
+        if param.is_neg() or param.is_conj():
+            raise Unfusable("lazily negated or conjugated")
         if obstacle := cpu.obstacle(param):
             raise Unfusable(obstacle)
 
@@ -140,16 +146,15 @@ class FusedStep:
         """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
         grad = param.grad
         self._check_fusable(param, grad, group)
-        known = param in self.state and len(self.state[param]) > 0
+        known = bool(self.state.get(param))
         self._stock_lists(group, [param])  # stock's own checks, errors and state
-        state = self.state[param] if param in self.state else None
-        fresh = False
+        state = self.state.get(param)
+        made = {}  # SGD's buffer before its first step
         states = []
         for key in self._states(group):
             value = state.get(key)
-            if value is None:  # SGD's buffer before its first step
-                value = state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                fresh = True
+            if value is None:
+                value = made[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
             if value.shape != param.shape:
                 raise RuntimeError(
                     f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}: "
@@ -159,7 +164,8 @@ class FusedStep:
                 raise Unfusable(f"state {key!r} is {value.dtype} on {value.device}")
             # a contiguous checkpoint in a channels_last model, say; or a new state, better off on huge pages
             if not _same_strides(value, param) or (not known and value.nbytes >= cpu.HUGE):
-                value = state[key] = cpu.advised(torch.empty_like(param)).copy_(value)
+                value = cpu.advised(torch.empty_like(param)).copy_(value)
+                (made if key in made else state)[key] = value
             states.append(value)
         counter = None if state is None else state.get("step")
         if counter is not None and not isinstance(counter, Tensor):
@@ -171,8 +177,6 @@ class FusedStep:
         grad_dtype = grad.dtype if cpu.supports(rule, real, _real_dtype(grad.dtype), real) else param.dtype
         # a lazily negated or conjugated tensor's memory does not hold its values, and DLPack does not tell
         lasting = not (param.is_complex() or grad.is_neg())
-        if param.is_neg() or param.is_conj():
-            raise Unfusable("lazily negated or conjugated")
         if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
             grad = torch.empty_like(param, dtype=grad_dtype).copy_(grad)
         held = [grad]
@@ -181,9 +185,15 @@ class FusedStep:
             held += [param, grad, *states]
         # the table keeps the memory alive: a state whose .data is swapped goes unnoticed, but must not be freed
         owners = tuple(t.untyped_storage() for t in (*states, *([] if counter is None else [counter])))
+        if made:
+            state.update(made)
         try:
-            self._table.bind(slot, param, grad, state, tuple(states), counter, owners, fresh=fresh, lasting=lasting)
+            self._table.bind(
+                slot, param, grad, state, tuple(states), counter, owners, fresh=bool(made), lasting=lasting
+            )
         except ValueError as error:
+            for key in made:
+                del state[key]
             raise Unfusable(str(error)) from None
         return held
 
