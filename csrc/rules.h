@@ -230,12 +230,10 @@ template <class T> using Adagrad = AdagradRule<T>;
 template <class T> using SGD = SGDRule<T, false>;
 template <class T> using SGDMomentum = SGDRule<T, true>;
 template <class T> using Lion = LionRule<T>;
-// clang-format on
 
-#define FUSEDOPT_RULES(X)                                                                                         \
-  X(Adam)                                                                                                         \
-  X(AdamAmsgrad)                                                                                                  \
-  X(AdamW) X(AdamWAmsgrad) X(RMSprop) X(RMSpropMomentum) X(RMSpropCentered) X(RMSpropCenteredMomentum) X(Adagrad) \
-      X(SGD) X(SGDMomentum) X(Lion)
+#define FUSEDOPT_RULES(X)                                                                                  \
+  X(Adam) X(AdamAmsgrad) X(AdamW) X(AdamWAmsgrad) X(RMSprop) X(RMSpropMomentum) X(RMSpropCentered)         \
+  X(RMSpropCenteredMomentum) X(Adagrad) X(SGD) X(SGDMomentum) X(Lion)
+// clang-format on
 
 }  // namespace fusedopt::FUSEDOPT_ISA
