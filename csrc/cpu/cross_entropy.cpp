@@ -97,7 +97,7 @@ struct Sums {
 
 // kKeep: leave exp(x - max) in `kept`, which may lie over x; a second exp would cost more than reading it back.
 template <bool kKeep, class S, Target kTarget, bool kWeighted>
-Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const S* x, int64_t n, Compute<S> max, S* kept) {
+Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const S* x, int64_t n, Compute<S> max, Compute<S>* kept) {
   using T = Compute<S>;
   Sums sums;
   for (int64_t block = 0; block < n; block += kBlock) {
@@ -110,7 +110,7 @@ Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const S* x, int64_t n, C
       exps += e;
       if constexpr (kTarget != Target::kIndex) dot += y.dense(c) * from_max;
       if constexpr (kTarget == Target::kProbability) mass += y.dense(c);
-      if constexpr (kKeep) store(kept[c], e);
+      if constexpr (kKeep) kept[c] = e;
     }
     sums.exp += exps;
     sums.mass += mass;
@@ -120,9 +120,8 @@ Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const S* x, int64_t n, C
 }
 
 template <class S, Target kTarget, bool kWeighted>
-void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unused]] float* scratch) {
   using T = Compute<S>;
-  constexpr bool kKeeps = sizeof(S) == sizeof(T);  // a 16-bit exp would be rounded twice
   const int64_t n = a.classes;
   for (int64_t row = begin; row < end; ++row) {
     const S* x = static_cast<const S*>(a.logits) + row * a.logits_stride;
@@ -138,7 +137,12 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     const T max = row_max(x, n);
     const T from_max =
         kTarget == Target::kProbability ? T(0) : T(load(x[y.label])) - max;  // read before grad lies over x
-    Sums sums = kKeeps && grad ? sum_row<kKeeps>(y, x, n, max, grad) : sum_row<false>(y, x, n, max, grad);
+    T* kept = nullptr;
+    if constexpr (sizeof(S) == sizeof(T))
+      kept = grad;
+    else if (grad)
+      kept = scratch;  // a 16-bit exp would be rounded twice
+    Sums sums = kept ? sum_row<true>(y, x, n, max, kept) : sum_row<false>(y, x, n, max, kept);
     if constexpr (kTarget == Target::kSmoothedIndex) sums.mass = double(y.spread) * a.weight_sum;
     if constexpr (kTarget != Target::kProbability) {
       sums.mass += y.one_hot;
@@ -151,16 +155,13 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     const T factor = T(a.grad_factor), scale = T(a.grad_factor * sums.mass / sums.exp);
     const S* next = row + 1 < end ? x + a.logits_stride : nullptr;
     const T e_label = exp_of(from_max);
-    if constexpr (kKeeps)
-      y.write_grad([=](int64_t c) { return T(grad[c]); }, e_label, grad, n, scale, factor, next);
-    else
-      y.write_grad([=](int64_t c) { return exp_of(T(load(x[c])) - max); }, e_label, grad, n, scale, factor, next);
+    y.write_grad([=](int64_t c) { return kept[c]; }, e_label, grad, n, scale, factor, next);
   }
 }
 
 // From lse alone, for the losses whose upstream gradient must come in before the rounding: reduction "none", float16.
 template <class S, Target kTarget, bool kWeighted>
-void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end, float*) {
   using T = Compute<S>;
   const int64_t n = a.classes;
   for (int64_t row = begin; row < end; ++row) {

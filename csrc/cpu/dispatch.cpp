@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #if defined(_OPENMP)
@@ -100,6 +101,14 @@ void parallel_for([[maybe_unused]] int threads, int64_t n, const Work& work) {
   for (int64_t i = 0; i < n; ++i) work(i);
 }
 
+int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 bool over_rows(CpuEngine::CrossEntropyKernel kernel, const CrossEntropyArgs& args, int threads) {
   if (!kernel) return false;
   // enough pieces to balance, large enough to be worth a turn; a thread prefetches the next row of its piece
@@ -107,8 +116,11 @@ bool over_rows(CpuEngine::CrossEntropyKernel kernel, const CrossEntropyArgs& arg
       std::max<int64_t>({1, kSpan / std::max<int64_t>(1, args.classes), args.rows / (8 * int64_t(threads))});
   const int64_t pieces = (args.rows + per_piece - 1) / per_piece;
   if (args.rows * args.classes < kSerial) threads = 1;
-  parallel_for(threads, pieces,
-               [&](int64_t i) { kernel(args, i * per_piece, std::min(args.rows, (i + 1) * per_piece)); });
+  const std::unique_ptr<float[]> scratch(new float[size_t(threads) * size_t(args.classes)]);
+  parallel_for(threads, pieces, [&](int64_t i) {
+    kernel(args, i * per_piece, std::min(args.rows, (i + 1) * per_piece),
+           scratch.get() + thread_index() * args.classes);
+  });
   return true;
 }
 

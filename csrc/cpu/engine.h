@@ -18,7 +18,8 @@ struct CpuEngine {
   using StepKernel = void (*)(const Launch&, const Span&);
   StepKernel (*step_kernel)(const Launch&);
   // Rows [begin, end) of a cross entropy: forward (with the gradient when args.grad is set), or backward from lse.
-  using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  // `scratch` holds `classes` floats, the calling thread's own.
+  using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end, float* scratch);
   CrossEntropyKernel (*cross_entropy_forward)(const CrossEntropyArgs&);
   CrossEntropyKernel (*cross_entropy_backward)(const CrossEntropyArgs&);
 };
