@@ -1,0 +1,152 @@
+"""`python -m benchmarks`: measure, tell, and keep the README in step with the data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import cases_loss, install, machine, plot, readme, report, runner, store
+
+RESULTS = machine.ROOT / "benchmarks" / "results"
+QUICK_RESULTS = machine.ROOT / ".benchmarks"  # not under version control: a quick look must not replace a measurement
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    about = {
+        "optim": "optimizer steps",
+        "loss": "cross entropy, forward and backward",
+        "install": "time of `pip install .`",
+        "all": "all of these",
+    }
+    for name, text in about.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--quick", action="store_true", help="few turns, nothing compiled: a look, not a figure")
+        command.add_argument("--cases", default="", metavar="SUBSTR", help="only cases whose name contains SUBSTR")
+        command.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<machine>/")
+        # the allocator's setting must be there before torch is: the loss cases run in a child process for each
+        command.add_argument("--allocator", choices=cases_loss.ALLOCATORS, help=argparse.SUPPRESS)
+    command = commands.add_parser("readme", help="write the tables of README.md from the data")
+    command.add_argument("--check", action="store_true", help="write nothing; exit 1 if README and data disagree")
+    command.add_argument("--out", type=Path, metavar="DIR", help="one machine's results; default: every machine's")
+    command.add_argument("--readme", type=Path, default=machine.ROOT / "README.md", help=argparse.SUPPRESS)
+    return top
+
+
+class Run:
+    """One call of the command: where rows go, and the progress bar."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.out: Path = args.out or (QUICK_RESULTS if args.quick else RESULTS) / machine.slug()
+        self.environment = machine.environment()
+        self.measured: dict[str, list[str]] = {}  # suite -> cases
+
+    def keep(self, suite: str) -> Callable[[list[dict[str, Any]]], None]:
+        order = [case.name for case in report.registry(suite)]
+
+        def merge(rows: list[dict[str, Any]]) -> None:
+            stamped = [row | self.environment | {"quick": self.args.quick} for row in rows]
+            store.merge(self.out / f"{suite}.jsonl", stamped, order)
+            self.measured.setdefault(suite, []).append(rows[0]["case"])
+
+        return merge
+
+    def run(self, suite: str) -> None:
+        if suite == "loss" and self.args.allocator is None:
+            for allocator in cases_loss.ALLOCATORS:
+                self.in_child(allocator)
+            return
+        cases = [case for case in report.registry(suite) if self.args.cases in case.name]
+        if self.args.allocator:
+            cases = [case for case in cases if case.name.endswith(self.args.allocator)]
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            if suite == "install":
+                if self.args.cases in install.CASE:
+                    task = progress.add_task(install.CASE, total=1)
+                    install.measure(self.args.quick, self.keep(suite), _teller(progress, task, install.CASE))
+                return
+            task = progress.add_task(suite, total=len(cases))
+            for case in cases:
+                runner.measure(case, self.args.quick, self.keep(suite), _teller(progress, task, case.name))
+                progress.advance(task)
+
+    def in_child(self, allocator: str) -> None:
+        """The loss cases of one allocator setting; the child writes to the same file, and stops with us on Ctrl-C."""
+        names = [case.name for case in report.registry("loss")]
+        names = [name for name in names if name.endswith(allocator) and self.args.cases in name]
+        if not names:
+            return
+        command = [sys.executable, "-m", "benchmarks", "loss", "--allocator", allocator, "--out", str(self.out)]
+        command += ["--cases", self.args.cases, *(["--quick"] if self.args.quick else [])]
+        plain = {key: value for key, value in os.environ.items() if key not in cases_loss.HUGE_PAGES}
+        child = subprocess.Popen(command, cwd=machine.ROOT, env=plain | cases_loss.ALLOCATORS[allocator])
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            child.wait()  # it has had the signal too, and is writing what it has
+            status = 130
+        written = {row["case"] for row in store.read(self.out / "loss.jsonl")}
+        self.measured.setdefault("loss", []).extend(name for name in names if name in written)
+        if status == 130:
+            raise KeyboardInterrupt
+        if status not in (0, 1):
+            raise SystemExit(f"the loss cases with the allocator {allocator!r} ended with status {status}")
+
+    def tell(self) -> int:
+        """Tables of what was measured, and the plot; 1 if a contender was wrong."""
+        console = Console() if sys.stdout.isatty() else Console(width=150)
+        wrong = 0
+        for suite, names in self.measured.items():
+            rows = [row for row in store.read(self.out / f"{suite}.jsonl") if row["case"] in names]
+            console.print(report.terminal(suite, rows))
+            console.print(report.provenance(suite, rows), highlight=False)
+            wrong += sum(row["verdict"] != "ok" for row in rows)
+        plot.draw(self.out)
+        return 1 if wrong else 0
+
+
+def _teller(progress: Progress, task: Any, name: str) -> Callable[[str], None]:
+    return lambda text: progress.update(task, description=f"{name}: {text}")
+
+
+def update_readme(args: argparse.Namespace) -> int:
+    folders = [args.out] if args.out else sorted(path for path in RESULTS.glob("*") if path.is_dir())
+    if not args.check:
+        args.readme.write_text(readme.regenerated(args.readme, folders), encoding="utf-8")
+        return 0
+    difference = readme.difference(args.readme, folders)
+    if difference:
+        print(f"{difference}\n\n{args.readme.name} does not say what the data say: run python -m benchmarks readme")
+    return 1 if difference else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where a contender was wrong or the README disagrees; 130 after Ctrl-C."""
+    args = parser().parse_args(argv)
+    if args.command == "readme":
+        return update_readme(args)
+    args.out = args.out and args.out.resolve()
+    run = Run(args)
+    try:
+        for suite in store.SUITES if args.command == "all" else [args.command]:
+            run.run(suite)
+    except KeyboardInterrupt:
+        if not args.allocator:
+            run.tell()
+        return 130
+    return 0 if args.allocator else run.tell()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""What a figure depends on: processor, threads, versions, commit, date. Nothing else that would name a machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fusedopt import __version__, backends
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT_FROM = ("csrc", "fusedopt", "setup.py", "pyproject.toml")
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, or what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def slug() -> str:
+    """The folder of a machine's results: `cpu-intel-xeon-2c`."""
+    model = re.sub(r"\((r|tm|c)\)|\b(cpu|processor)\b|@.*", " ", cpu_model().lower())
+    words = re.findall(r"[a-z0-9]+", model)
+    return "-".join(["cpu", *words, f"{os.cpu_count()}c"])
+
+
+def instruction_set() -> str:
+    """That of fusedopt's loops and of torch's."""
+    ours = backends.cpu.isa() if backends.available()["cpu"] is True else "none"
+    return f"fusedopt {ours}, torch {torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+def commit() -> str:
+    """The commit that is measured, `-dirty` if what is built from differs from it; "unknown" outside a checkout."""
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", *BUILT_FROM)
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment() -> dict[str, str | int]:
+    """Part of every row, so that rows of several runs may lie in one file."""
+    return {
+        "machine": cpu_model(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
+        "torch": torch.__version__,
+        "fusedopt": __version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }

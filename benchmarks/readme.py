@@ -1,0 +1,47 @@
+"""Puts the tables between the README's markers, and finds a README that no longer says what the data say.
+
+    <!-- benchmarks:NAME --> ... <!-- /benchmarks:NAME -->      NAME: optim, loss, install, train or plot
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from . import report, store
+
+MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
+NAMES = (*store.SUITES, "train", "plot")
+
+
+def block(name: str, folders: list[Path], readme: Path) -> str:
+    """What belongs between the markers `name`: each machine's table, under its folder's name if there are several."""
+    if name not in NAMES:
+        raise ValueError(f"{readme.name} has a marker benchmarks:{name}; known are {', '.join(NAMES)}")
+    found = {}
+    for folder in folders:
+        shown = Path(os.path.relpath(folder, readme.parent)).as_posix()
+        if name in store.SUITES:
+            text = report.suite_block(name, folder)
+        else:
+            text = {"train": report.train_block, "plot": report.plot_block}[name](folder, shown)
+        if text:
+            found[folder.name] = text
+    if not found:
+        return "Not measured yet."
+    titles = [f"`{machine}`\n\n" if len(found) > 1 else "" for machine in found]
+    return "\n\n".join(title + text for title, text in zip(titles, found.values(), strict=True))
+
+
+def regenerated(readme: Path, folders: list[Path]) -> str:
+    """The README's text with every marked block as the data have it."""
+    text = readme.read_text(encoding="utf-8")
+    return MARKED.sub(lambda m: f"{m[1]}{block(m[2], folders, readme)}\n{m[3]}", text)
+
+
+def difference(readme: Path, folders: list[Path]) -> str:
+    """How the README differs from the data, as a diff; "" where it does not."""
+    old, new = readme.read_text(encoding="utf-8").splitlines(), regenerated(readme, folders).splitlines()
+    return "\n".join(difflib.unified_diff(old, new, readme.name, "data", lineterm=""))

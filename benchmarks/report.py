@@ -1,0 +1,156 @@
+"""Rows as tables: for the terminal every contender against ours, for the README every claim and if it is reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from . import cases_loss, cases_optim, install, store
+from .runner import STREAM, Case
+
+Row = dict[str, Any]
+OURS = ("fusedopt", "fusedopt inplace")
+
+
+def registry(suite: str) -> list[Case]:
+    return {"optim": cases_optim.cases, "loss": cases_loss.cases, "install": list}[suite]()
+
+
+def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """case -> contender -> row, in the order of the rows."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["case"], {})[row["contender"]] = row
+    return found
+
+
+def digits(value: float) -> str:
+    """Three significant digits, and all that stand before the point."""
+    return f"{value:#.3g}".rstrip(".") if value < 100 else f"{value:.0f}"
+
+
+def ratio(row: Row, ours: Row) -> float:
+    """How many times as long as ours."""
+    return row["median_ms"] / ours["median_ms"]
+
+
+def terminal(suite: str, rows: list[Row]) -> Table:
+    """Every contender of every case."""
+    grouped = by_case(rows)
+    ours = [name for name in OURS if any(name in contenders for contenders in grouped.values())]
+    table = Table(title=f"{suite}: median, middle 60 %, and each contender's time over ours", title_justify="left")
+    table.add_column("case / contender", no_wrap=True)
+    for heading in ("ms", "p20", "p80", "GB/s", "of stream", "error, eps", "verdict", *(f"/ {name}" for name in ours)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, contenders in grouped.items():
+        table.add_section()
+        table.add_row(f"[bold]{name}")
+        for row in contenders.values():
+            cells = [digits(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")]
+            cells += [f"{row['gb_per_s']:.1f}", f"{row['ceiling_fraction']:.0%}"] if row["bytes"] else ["", ""]
+            verdict = row["verdict"] if row["verdict"] == "ok" else f"[bold red]{row['verdict']}"
+            ratios = [f"{ratio(row, contenders[o]):.2f}" if o in contenders else "" for o in ours]
+            table.add_row("  " + row["contender"], *cells, str(row["error"]), verdict, *ratios)
+    return table
+
+
+def named(row: Row) -> str:
+    return row["contender"] + ("" if row["verdict"] == "ok" else " (**wrong**)")
+
+
+def comparisons(case: Case, contenders: dict[str, Row]) -> Iterator[list[str]]:
+    """README rows of a case: each of torch's contenders against each of ours, and what was asked for."""
+    required = {(t.against, t.ours): t.ratio for t in case.targets}
+    for ours in filter(contenders.get, OURS):
+        for against in contenders:
+            if against in OURS or (against == STREAM and (against, ours) not in required and len(contenders) > 2):
+                continue
+            stock, mine = contenders[against], contenders[ours]
+            wanted, got = required.get((against, ours)), ratio(stock, mine)
+            yield [
+                case.title,
+                named(stock),
+                named(mine),
+                f"{digits(stock['median_ms'])} ms",
+                f"{digits(mine['median_ms'])} ms",
+                f"{got:.2f}x",
+                "" if wanted is None else f"{wanted:g}x: {'reached' if got >= wanted else 'not reached'}",
+            ]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table; figures, from the fourth column on, to the right."""
+    rule = ["---" if i < 3 else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def provenance(suite: str, rows: list[Row]) -> str:
+    """Machine, versions, date and the command; one line for each way in which the rows differ."""
+    lines = dict.fromkeys(
+        f"{r['machine']}, {r['cores']} cores, {r['threads']} threads ({r['instruction_set']}); torch {r['torch']}, "
+        f"fusedopt {r['fusedopt']} at {r['commit']}, Python {r['python']}; {r['date']}; `python -m benchmarks {suite}`"
+        for r in rows
+    )
+    return "\n\n".join(lines)
+
+
+def suite_block(suite: str, folder: Path) -> str:
+    """The README's table of a suite on one machine; "" where it was not measured."""
+    rows = store.read(folder / f"{suite}.jsonl")
+    if not rows:
+        return ""
+    if suite == "install":
+        seconds = rows[0]["median_ms"] / 1e3
+        reached = "reached" if seconds < install.LIMIT_SECONDS and rows[0]["verdict"] == "ok" else "not reached"
+        cells = [[install.TITLE, f"{seconds:.1f} s", f"< {install.LIMIT_SECONDS:g} s: {reached}"]]
+        table = markdown(["what", "time", "required"], cells)
+    else:
+        grouped = by_case(rows)
+        cells = [line for case in registry(suite) for line in comparisons(case, grouped.get(case.name, {}))]
+        table = markdown(["case", "against", "ours", "its time", "our time", "ratio", "required"], cells)
+    return f"{table}\n\n{provenance(suite, rows)}"
+
+
+def plot_block(folder: Path, shown: str) -> str:
+    """The summary plot; `shown` is the folder as the README sees it."""
+    return f"![Times of every contender]({shown}/summary.png)" if (folder / "summary.png").exists() else ""
+
+
+def train_block(folder: Path, shown: str) -> str:
+    """Stock and fused over a whole training run, from the summary.json of `python -m fusedopt.train --compare`."""
+    path = folder / "train" / "summary.json"
+    if not path.exists():
+        return ""
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    stock, fused = summary["contenders"]["stock"], summary["contenders"]["fused"]
+    ratios = summary["stock_over_fused"]
+    cells = []
+    for phase, label in (("loss", "loss"), ("optimizer", "optimizer"), ("model", "model"), ("step", "whole step")):
+        pair = [f"{digits(figures['ms'][phase]['median'])} ms" for figures in (stock, fused)]
+        cells.append([label, *pair, f"{ratios[phase]:.2f}x"])
+    speed = [f"{figures['tokens_per_second']:,.0f}" for figures in (stock, fused)]
+    cells.append(["tokens per second", *speed, f"{fused['tokens_per_second'] / stock['tokens_per_second']:.2f}x"])
+    if "peak_mib" in ratios:
+        peaks = [f"{figures['peak_mib']:.0f} MiB" for figures in (stock, fused)]
+        cells.append(["peak memory", *peaks, f"{ratios['peak_mib']:.2f}x"])
+    difference = f"{summary['val_loss_fused_minus_stock']:+.1e}"
+    cells.append(["validation loss", f"{stock['val_loss']:.4f}", f"{fused['val_loss']:.4f}", difference])
+    versions = summary["versions"]
+    line = (
+        f"{summary['machine']['line']}, fusedopt {versions['fusedopt']}, Python {versions['python']}; "
+        f"{summary['parameters'] / 1e6:.2f} M parameters; `{_train_command(summary['command'])}`"
+    )
+    plots = [name for name in ("loss.png", "timing.png") if (folder / "train" / name).exists()]
+    images = "\n".join(f"![{Path(name).stem}]({shown}/train/{name})" for name in plots)
+    table = markdown(["median per step", "stock", "fused", "ratio"], cells)
+    return "\n\n".join(filter(None, [table, line, images]))
+
+
+def _train_command(words: list[str]) -> str:
+    """As one would type it; a folder's place on the machine that ran it says nothing to the reader."""
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in words[1:]]
+    return " ".join(["python -m fusedopt.train", *shown])

@@ -1,0 +1,172 @@
+"""The method: contenders of a case take turns in one process, each is checked, the median is told with its spread.
+
+A case says how many bytes must move. In the same turns runs the ceiling, an in-place stream over as many bytes: what
+the machine's memory gave at that very time.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STREAM = "stream"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a case is there to show: `ours` at least `ratio` times as fast as `against`."""
+
+    ours: str
+    against: str
+    ratio: float
+
+
+@dataclass
+class Contender:
+    """One way to do the work of a case, on tensors of its own."""
+
+    name: str
+    run: Callable[[], None]  # timed
+    error: Callable[[], float]  # runs once more and compares with the float64 oracle; see `relative_error`
+    prepare: Callable[[], None] = lambda: None  # before each run, not timed
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work that every contender does alike."""
+
+    name: str
+    title: str
+    bytes: int  # that must move; read and write each count
+    limit: float  # the error from which a contender is wrong, see `relative_error`
+    build: Callable[[bool], list[Contender]]  # quick ->; stock first: its error is every row's `stock_error`
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the timed turns of a case go on."""
+
+    seconds: float
+    warmup: int
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, quick: bool) -> Budget:
+        return cls(0.2, 1, 3, 20) if quick else cls(8.0, 3, 10, 300)
+
+
+def relative_error(result: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
+    """max |result - oracle| / max(|oracle|, median |oracle|), in machine epsilons of `dtype`.
+
+    The median keeps an element that cancelled to nearly zero from being judged by its own size.
+    """
+    oracle = oracle.double()
+    if oracle.numel() == 0:
+        return 0.0
+    size = oracle.abs().clamp_min(max(float(oracle.abs().median()), torch.finfo(torch.float32).tiny))
+    error = float(((result.double() - oracle).abs() / size).max())
+    return error / torch.finfo(dtype).eps if math.isfinite(error) else math.inf
+
+
+def stream(nbytes: int) -> Contender:
+    """The ceiling: read and write every byte of a float32 array, in place."""
+    x = torch.ones(max(1, nbytes // 8))
+    factor = -1.0
+
+    def error() -> float:
+        before = x[:1024].double()
+        x.mul_(factor)
+        return relative_error(x[:1024], before * factor, x.dtype)
+
+    return Contender(STREAM, lambda: x.mul_(factor), error)
+
+
+def measure(
+    case: Case,
+    quick: bool,
+    keep: Callable[[list[dict[str, Any]]], None],
+    tell: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Measure a case and hand its rows to `keep`; after Ctrl-C too, if a few turns were complete, and then raise it."""
+    budget = Budget.of(quick)
+    tell("building")
+    contenders = [*case.build(quick), stream(case.bytes)]
+    errors = {}
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for contender in contenders:
+            tell(f"{contender.name}: warm-up and check")
+            for _ in range(budget.warmup):
+                contender.prepare()
+                contender.run()
+            errors[contender.name] = contender.error()
+        _take_turns(contenders, budget, times, tell)
+        for contender in contenders:  # whoever drifted while it was timed is found out here
+            errors[contender.name] = max(errors[contender.name], contender.error())
+    finally:
+        if collecting:
+            gc.enable()
+        if all(times.values()):
+            keep(_rows(case, contenders, times, errors))
+
+
+def _take_turns(
+    contenders: list[Contender], budget: Budget, times: dict[str, list[float]], tell: Callable[[str], None]
+) -> None:
+    spent, turn = 0.0, 0
+    while turn < budget.least or (spent < budget.seconds and turn < budget.most):
+        tell(f"turn {turn + 1}")
+        for i in range(len(contenders)):
+            contender = contenders[(turn + i) % len(contenders)]
+            contender.prepare()
+            start = time.perf_counter()
+            contender.run()
+            seconds = time.perf_counter() - start
+            times[contender.name].append(seconds)
+            spent += seconds
+        turn += 1
+
+
+def _rows(
+    case: Case, contenders: list[Contender], times: dict[str, list[float]], errors: dict[str, float]
+) -> list[dict[str, Any]]:
+    ceiling = float(np.median(times[STREAM]))
+    rows = []
+    for contender in contenders:
+        low, median, high = (float(q) for q in np.quantile(times[contender.name], (0.2, 0.5, 0.8)))
+        error = errors[contender.name]
+        rows.append(
+            {
+                "case": case.name,
+                "contender": contender.name,
+                "median_ms": round(median * 1e3, 4),
+                "p20_ms": round(low * 1e3, 4),
+                "p80_ms": round(high * 1e3, 4),
+                "repeats": len(times[contender.name]),
+                "bytes": case.bytes,
+                "gb_per_s": round(case.bytes / median * 1e-9, 3),
+                "ceiling_ms": round(ceiling * 1e3, 4),
+                "ceiling_fraction": round(ceiling / median, 4),
+                "error": _json_number(error),
+                "stock_error": _json_number(errors[contenders[0].name]),
+                "error_limit": case.limit,
+                "verdict": "ok" if error <= case.limit else "wrong",
+            }
+        )
+    return rows
+
+
+def _json_number(value: float) -> float | str:
+    return round(value, 3) if math.isfinite(value) else "inf"

@@ -1,0 +1,40 @@
+"""Rows on disk: one JSONL file per suite; its first line is a header, every other line one contender of one case."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+SUITES = ("optim", "loss", "install")
+UNITS = {
+    "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
+    "bytes": "that must move, read and write each counted",
+    "gb_per_s": "bytes / median",
+    "ceiling_ms": "median of the in-place stream over as many bytes, taking turns with the contenders",
+    "ceiling_fraction": "ceiling_ms / median_ms",
+    "error, stock_error": "max |result - float64 oracle| / max(|oracle|, median |oracle|), in epsilons of the dtype",
+    "verdict": "ok where error <= error_limit",
+}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, without its header; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "case" in line]
+
+
+def merge(path: Path, rows: list[dict[str, Any]], order: list[str]) -> None:
+    """Put rows into a file: they replace those of the same cases; cases stand in `order`, the registry's."""
+    new = {row["case"] for row in rows}
+    kept = [row for row in read(path) if row["case"] not in new]
+    places = {name: place for place, name in enumerate(order)}
+    every = sorted(kept + rows, key=lambda row: places.get(row["case"], len(places)))
+    header = {"suite": path.stem, "command": f"python -m benchmarks {path.stem}", "units": UNITS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in [header, *every]), encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,1 @@
+"""The reference training loop: ``python -m fusedopt.train``, alone or under ``torchrun``."""

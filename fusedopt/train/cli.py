@@ -1,0 +1,257 @@
+"""The arguments of ``python -m fusedopt.train`` and every check that needs no work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from .checkpoint import CHECKPOINT
+
+# lr: the default, tried on the default model and data. momentum: whether the optimizer has it
+OPTIMIZERS: dict[str, dict] = {
+    "adam": {"name": "Adam", "lr": 1e-3, "momentum": False},
+    "adamw": {"name": "AdamW", "lr": 1e-3, "momentum": False},
+    "rmsprop": {"name": "RMSprop", "lr": 1e-3, "momentum": True},
+    "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False},
+    "sgd": {"name": "SGD", "lr": 0.3, "momentum": True},
+    "lion": {"name": "Lion", "lr": 2e-4, "momentum": False},
+}
+FINE_TUNE_LR = 0.1  # --init-from: the default rate is this share of the one above
+SCHEDULES = ("constant", "exponential", "step", "cosine")
+DTYPES = ("float32", "bfloat16", "float16")
+BYTES_VOCAB = 256
+SMALLEST_BPE = BYTES_VOCAB + 1  # all bytes and the end of a text
+# the vocabulary is 64 times the width: GPT-2 small has 65, Llama 3.2 1B 63, Qwen2.5 0.5B 170
+MODEL_DEFAULTS = {"layers": 4, "dim": 128, "heads": 4}
+
+
+class UsageError(Exception):
+    """Bad input: what was given, what was expected, how to mend it. Becomes exit code 2."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser. Defaults that depend on other arguments are None here; ``check`` resolves them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedopt.train",
+        description="Train a small language model with fusedopt, or --compare it with stock PyTorch. "
+        "Under torchrun the same command trains with DistributedDataParallel.",
+    )
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text files or folders (default: the source of Python's standard library)",
+    )
+    add(
+        "--tokenizer",
+        choices=("bpe", "bytes"),
+        help="byte-level BPE trained on the data, or bytes (default: bpe)",
+    )
+    add("--vocab-size", type=int, metavar="N", help="size of the BPE vocabulary (default: 8192)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=("gpt", "lstm"), help="default: gpt")
+    add("--init-from", metavar="DIR", help="fine-tune the Hugging Face causal LM saved in this folder")
+    add("--layers", type=int, metavar="N", help=f"default: {MODEL_DEFAULTS['layers']}")
+    add("--dim", type=int, metavar="N", help=f"width (default: {MODEL_DEFAULTS['dim']})")
+    add("--heads", type=int, metavar="N", help=f"attention heads of gpt (default: {MODEL_DEFAULTS['heads']})")
+    add("--seq-len", type=int, default=128, metavar="N", help="tokens per sequence (default: %(default)s)")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: %(default)s")
+    add(
+        "--lr",
+        type=float,
+        help="default: "
+        + ", ".join(f"{name} {row['lr']:g}" for name, row in OPTIMIZERS.items())
+        + "; a tenth with --init-from",
+    )
+    add("--weight-decay", type=float, help="of the matrices; vectors have none (default: the optimizer's)")
+    add("--momentum", type=float, help="of sgd and rmsprop (default: 0)")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="cosine",
+        help="after the warm-up: exponential and step fall to 1/100, cosine to 0 (default: %(default)s)",
+    )
+    add("--warmup", type=int, metavar="STEPS", help="linear warm-up (default: a tenth of --steps)")
+    add("--steps", type=int, default=800, help="default: %(default)s")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="sequences per micro-batch and process (default: %(default)s)",
+    )
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
+    add("--max-norm", type=float, default=1.0, help="clip the gradient's total norm; 0 does not (default: %(default)s)")
+
+    add = parser.add_argument_group("what runs").add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--stock", action="store_true", help="torch's optimizer and loss instead of fusedopt's")
+    which.add_argument(
+        "--compare",
+        action="store_true",
+        help="stock and fused on the same batches, step by step in turn, and a table at the end",
+    )
+    add("--inplace-loss", action="store_true", help="the fused loss writes its gradient over the logits")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--threads", type=int, help="CPU threads per process (default: torch's)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the computation: autocast, and a gradient scaler for float16; weights stay float32",
+    )
+    add("--compile", action="store_true", help="torch.compile the model")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="DIR", help="default: runs/<model>-<optimizer>[-stock|-compare]")
+    add("--eval-every", type=int, default=100, metavar="STEPS", help="default: %(default)s")
+    add("--eval-batches", type=int, default=8, metavar="N", help="default: %(default)s")
+    add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="default: %(default)s")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out")
+    add("--overwrite", action="store_true", help="start afresh although --out holds a checkpoint")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Resolve the defaults that depend on other arguments; raise UsageError for what cannot work."""
+    for name in (
+        "layers",
+        "dim",
+        "heads",
+        "seq_len",
+        "steps",
+        "batch_size",
+        "accumulate",
+        "threads",
+        "eval_every",
+        "eval_batches",
+        "checkpoint_every",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{flag(name)} {value}: expected at least 1")
+    if args.lr is not None and not (math.isfinite(args.lr) and args.lr > 0):
+        raise UsageError(f"--lr {args.lr}: expected a positive number")
+    for name in ("weight_decay", "momentum", "max_norm", "warmup", "seed"):
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise UsageError(f"{flag(name)} {value}: expected 0 or more")
+    if not args.seed < 1 << 63:
+        raise UsageError(f"--seed {args.seed}: expected less than 2**63")
+    if args.warmup is None:
+        args.warmup = args.steps // 10
+    if args.warmup >= args.steps:
+        raise UsageError(f"--warmup {args.warmup}: expected fewer than --steps {args.steps}")
+
+    _check_optimizer(args)
+    if args.init_from is None:
+        _check_model(args)
+    else:
+        _check_pretrained(args)
+    for path in args.data or ():
+        if not Path(path).exists():
+            raise UsageError(f"--data {path}: no such file or folder")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_out(args)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of an attribute."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    row = OPTIMIZERS[args.optimizer]
+    if args.optimizer == "lion" and (args.stock or args.compare):
+        raise UsageError(
+            f"--optimizer lion: torch.optim has no Lion, so there is nothing stock to run; "
+            f"leave out --{'stock' if args.stock else 'compare'} or choose another optimizer"
+        )
+    if args.momentum is not None and not row["momentum"]:
+        raise UsageError(
+            f"--momentum {args.momentum}: {args.optimizer} has no such option; only "
+            + " and ".join(name for name, row in OPTIMIZERS.items() if row["momentum"])
+            + " have"
+        )
+    if args.inplace_loss and args.stock:
+        raise UsageError("--inplace-loss: torch's loss has no such option; leave out --stock")
+    if args.lr is None:
+        args.lr = row["lr"] * (FINE_TUNE_LR if args.init_from else 1)
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    args.model = args.model or "gpt"
+    if args.model == "lstm" and args.heads is not None:
+        raise UsageError(f"--heads {args.heads}: an lstm has no attention heads; leave it out")
+    for name, default in MODEL_DEFAULTS.items():
+        if getattr(args, name) is None and not (args.model == "lstm" and name == "heads"):
+            setattr(args, name, default)
+    if args.model == "gpt" and args.dim % args.heads:
+        raise UsageError(f"--heads {args.heads}: does not divide --dim {args.dim}")
+    args.tokenizer = args.tokenizer or "bpe"
+    if args.tokenizer == "bytes" and args.vocab_size is not None:
+        raise UsageError(
+            f"--vocab-size {args.vocab_size}: bytes are {BYTES_VOCAB}; leave it out or use --tokenizer bpe"
+        )
+    if args.vocab_size is None:
+        args.vocab_size = BYTES_VOCAB if args.tokenizer == "bytes" else 8192
+    if args.tokenizer == "bpe" and args.vocab_size < SMALLEST_BPE:
+        raise UsageError(
+            f"--vocab-size {args.vocab_size}: expected at least {SMALLEST_BPE}, all bytes and the end of a text"
+        )
+
+
+def _check_pretrained(args: argparse.Namespace) -> None:
+    for name in ("model", "layers", "dim", "heads", "tokenizer", "vocab_size"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"{flag(name)} {getattr(args, name)}: --init-from brings its own; leave it out")
+    folder = Path(args.init_from)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--init-from {folder}: expected a folder with a config.json, as save_pretrained writes it")
+    if not (folder / "tokenizer.json").is_file():
+        raise UsageError(
+            f"--init-from {folder}: no tokenizer.json there, so its text cannot be encoded; write one with "
+            "AutoTokenizer.from_pretrained(NAME, use_fast=True).save_pretrained(DIR)"
+        )
+    if importlib.util.find_spec("transformers") is None:
+        raise UsageError("--init-from: needs transformers: pip install 'fusedopt[hf]'")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    args.vocab_size = config.get("vocab_size")
+    if args.vocab_size is None:
+        raise UsageError(f"--init-from {folder}: config.json has no vocab_size; expected a causal language model")
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    if longest is not None and args.seq_len > longest:
+        raise UsageError(f"--seq-len {args.seq_len}: the model in {folder} takes at most {longest} positions")
+    args.model, args.tokenizer = "pretrained", "pretrained"
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    if args.out is None:
+        mode = "-stock" if args.stock else "-compare" if args.compare else ""
+        args.out = f"runs/{args.model}-{args.optimizer}{mode}"
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; expected a folder")
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite: choose one")
+    exists = (out / CHECKPOINT).is_file()
+    if args.resume and not exists:
+        raise UsageError(f"--resume: no {CHECKPOINT} in {out}; leave out --resume to start there")
+    if exists and not (args.resume or args.overwrite):
+        raise UsageError(
+            f"--out {out}: holds the checkpoint of an earlier run; continue it with --resume, "
+            "replace it with --overwrite, or choose another --out"
+        )

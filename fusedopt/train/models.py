@@ -1,0 +1,85 @@
+"""The models, from tokens (B, T) to logits (B, T, V): a pre-norm transformer, an LSTM, a pretrained one."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Pre-norm causal attention and MLP (Radford et al. 2019)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, dim)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    """Learned positions, pre-norm blocks, an untied head without bias."""
+
+    def __init__(self, vocab_size: int, seq_len: int, layers: int, dim: int, heads: int):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocab_size, dim), nn.Embedding(seq_len, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:  # each block adds two residual terms, hence 2 * layers (Radford et al. 2019)
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class LSTM(nn.Module):
+    """Embedding, stacked LSTM from a zero state, linear head."""
+
+    def __init__(self, vocab_size: int, layers: int, dim: int):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, dim)
+        self.lstm = nn.LSTM(dim, dim, layers, batch_first=True)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
+        return self.head(self.lstm(self.tokens(tokens))[0])
+
+
+class Pretrained(nn.Module):
+    """A Hugging Face causal LM that returns its logits and nothing else."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        from transformers import AutoModelForCausalLM  # optional dependency; slow to import
+
+        self.causal_lm = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
+        return self.causal_lm(input_ids=tokens, use_cache=False).logits
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """The model that the arguments ask for, its weights drawn from ``--seed``."""
+    torch.manual_seed(args.seed)
+    if args.model == "pretrained":
+        return Pretrained(args.init_from)
+    if args.model == "lstm":
+        return LSTM(args.vocab_size, args.layers, args.dim)
+    return GPT(args.vocab_size, args.seq_len, args.layers, args.dim, args.heads)
