@@ -174,7 +174,7 @@ def train(optimizer: torch.optim.Optimizer, dtypes: str, steps: int = STEPS) -> 
 
 
 class Outcome(NamedTuple):
-    """What an optimizer leaves, in float64: a dict of tensors per parameter, "param" and the state; and Lion's doubt."""
+    """What an optimizer leaves, in float64: a dict of tensors per parameter, "param" and the state."""
 
     tensors: list[dict[str, Tensor]]
     doubtful: list[Tensor] | None = None  # elements where the sign is decided by rounding
@@ -246,7 +246,7 @@ def close(actual: Tensor, expected: Tensor, ulps: float = 16) -> None:
 
 
 def same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer, ulps: float = 16) -> None:
-    """Parameters and state of two optimizers, in lockstep: the same keys in the same order, and values that are close."""
+    """Parameters and state of two optimizers: the same keys in the same order, and values that are close."""
     for group_a, group_b in zip(a.param_groups, b.param_groups, strict=True):
         for p, q in zip(group_a["params"], group_b["params"], strict=True):
             close(p, q, ulps)
