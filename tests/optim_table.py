@@ -166,26 +166,31 @@ def set_grads(params: list[torch.nn.Parameter], dtypes: str, step: int) -> None:
         param.grad = grad
 
 
-def train(optimizer: torch.optim.Optimizer, dtypes: str, steps: int = STEPS) -> None:
+def train(optimizer: torch.optim.Optimizer, dtypes: str, steps: int = STEPS) -> Outcome:
+    """Take the steps; returns what they leave."""
     params = optimizer.param_groups[0]["params"]
+    peaks = [{} for _ in params]
     for step in range(1, steps + 1):
         set_grads(params, dtypes, step)
         optimizer.step()
+        rows = [{"param": p, **optimizer.state.get(p, {})} for p in params]
+        rows = [{key: torch.as_tensor(t).detach().double().contiguous() for key, t in row.items()} for row in rows]
+        note_peaks(peaks, rows)
+    return Outcome(rows, peaks)
 
 
 class Outcome(NamedTuple):
     """What an optimizer leaves, in float64: a dict of tensors per parameter, "param" and the state."""
 
     tensors: list[dict[str, Tensor]]
+    peaks: list[dict[str, float]]  # the largest magnitude that each held after any step
     doubtful: list[Tensor] | None = None  # elements where the sign is decided by rounding
 
 
-def outcome(optimizer: torch.optim.Optimizer) -> Outcome:
-    params = optimizer.param_groups[0]["params"]
-    rows = [{"param": p.detach().double().contiguous()} for p in params]
-    for row, param in zip(rows, params, strict=True):
-        row.update((key, torch.as_tensor(value).double()) for key, value in optimizer.state.get(param, {}).items())
-    return Outcome(rows)
+def note_peaks(peaks: list[dict[str, float]], rows: list[dict[str, Tensor]]) -> None:
+    for peak, row in zip(peaks, rows, strict=True):
+        for key, tensor in row.items():
+            peak[key] = max(peak.get(key, 0.0), tensor.abs().max().item() if tensor.numel() else 0.0)
 
 
 def lion_oracle(options: dict[str, Any], dtypes: str) -> Outcome:
@@ -195,6 +200,7 @@ def lion_oracle(options: dict[str, Any], dtypes: str) -> Outcome:
     eps = torch.finfo(DTYPES[dtypes][0]).eps
     params = make_params(dtypes, double=True)
     rows = [{"param": p.detach().clone(), "exp_avg": torch.zeros_like(p.detach())} for p in params]
+    peaks = [{} for _ in params]
     doubtful = [torch.zeros_like(p, dtype=torch.bool) for p in params]
     for step in range(1, STEPS + 1):
         set_grads(params, dtypes, step)
@@ -205,7 +211,8 @@ def lion_oracle(options: dict[str, Any], dtypes: str) -> Outcome:
             doubt |= direction.abs() <= 4 * eps * (average.abs() + grad.abs())
             row["param"] = row["param"] * (1 - lr * decay) - lr * direction.sign()
             row["exp_avg"] = beta2 * average + (1 - beta2) * grad
-    return Outcome(rows, doubtful)
+        note_peaks(peaks, rows)
+    return Outcome(rows, peaks, doubtful)
 
 
 @functools.cache
@@ -214,16 +221,12 @@ def _oracle(key: int, dtypes: str) -> Outcome:
     options = {k: v.item() if isinstance(v, Tensor) else v for k, v in case.options.items()}
     if case.name == "Lion":
         return lion_oracle(options, dtypes)
-    optimizer = Case(case.name, options).stock(make_params(dtypes, double=True), foreach=False)
-    train(optimizer, dtypes)
-    return outcome(optimizer)
+    return train(Case(case.name, options).stock(make_params(dtypes, double=True), foreach=False), dtypes)
 
 
 @functools.cache
 def _stock(key: int, dtypes: str) -> Outcome:
-    optimizer = CASES[key].stock(make_params(dtypes, same_grad=True), foreach=False)
-    train(optimizer, dtypes)
-    return outcome(optimizer)
+    return train(CASES[key].stock(make_params(dtypes, same_grad=True), foreach=False), dtypes)
 
 
 def oracle(case: Case, dtypes: str) -> Outcome:

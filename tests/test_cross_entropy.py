@@ -72,8 +72,8 @@ def assert_as_good_as_stock(logits, target, weight, **options):
     )
     # relative to the largest entry: tiny probabilities sit beside it in the same sum
     ulp = torch.finfo(dtype).eps * exact_grad.abs().max() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    # p carries exp's relative error (softmax.h: 2e-7 and 2e-8 |x|), which stays where p - 1 cancels; for float64 the oracle
-    # itself rounds
+    # p carries exp's relative error (softmax.h: 2e-7 and 2e-8 |x|), which stays where p - 1 cancels; for float64 the
+    # oracle itself rounds
     floor = 5e-7 if dtype != torch.float64 else 2e-14
     assert (grad - exact_grad).abs().max() <= (stock_grad - exact_grad).abs().max() + GRAD_ULPS * ulp + floor
 
