@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="after the warm-up: exponential and step fall to 1/100, cosine to 0 (default: %(default)s)",
     )
     add("--warmup", type=int, metavar="STEPS", help="linear warm-up (default: a tenth of --steps)")
-    add("--steps", type=int, default=800, help="default: %(default)s")
+    add("--steps", type=int, default=700, help="default: %(default)s")
     add(
         "--batch-size",
         type=int,
