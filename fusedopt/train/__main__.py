@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         with world.joined(args.device):
-            code = run(args, world, command=list(sys.argv if argv is None else ["fusedopt.train", *argv]))
+            code = run(args, world, command=["fusedopt.train", *(sys.argv[1:] if argv is None else argv)])
     except UsageError as error:
         code, complaint = 2, str(error)
     except NonFiniteLoss as error:
