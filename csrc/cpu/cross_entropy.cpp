@@ -7,10 +7,17 @@
 namespace fusedopt::FUSEDOPT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // elements summed in T before the sum goes on in double
+constexpr int64_t kBlock = 512;  // elements summed in T before the sum goes on in double
 constexpr int64_t kPrefetchBlock = 256;
 
 enum class Target { kIndex, kSmoothedIndex, kProbability };
+
+// Ask for the row that comes next while this one is computed: memory is then busy in both walks, one half of the row in
+// each.
+template <class S>
+FUSEDOPT_HD void prefetch_half(const S* half, int64_t begin, int64_t end) {
+  for (int64_t c = begin / 2; c < end / 2; c += int64_t(64 / sizeof(S))) __builtin_prefetch(half + c, 0, 2);
+}
 
 // What the arguments say of one row's target.
 template <class S, Target kTarget, bool kWeighted>
@@ -55,8 +62,7 @@ struct RowTarget {
   FUSEDOPT_HD void write_grad(const Exp& e, T e_label, S* grad, int64_t n, T scale, T factor, const S* next) const {
     for (int64_t block = 0; block < n; block += kPrefetchBlock) {
       const int64_t stop = n < block + kPrefetchBlock ? n : block + kPrefetchBlock;
-      if (next)
-        for (int64_t c = block; c < stop; c += int64_t(64 / sizeof(S))) __builtin_prefetch(next + c, 0, 2);
+      if (next) prefetch_half(next + n / 2, block, stop);
       FUSEDOPT_IVDEP
       for (int64_t c = block; c < stop; ++c) {
         T d = scale * e(c);
@@ -97,11 +103,13 @@ struct Sums {
 
 // kKeep: leave exp(x - max) in `kept`, which may lie over x; a second exp would cost more than reading it back.
 template <bool kKeep, class S, Target kTarget, bool kWeighted>
-Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const S* x, int64_t n, Compute<S> max, Compute<S>* kept) {
+Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const S* x, int64_t n, Compute<S> max, Compute<S>* kept,
+             const S* next) {
   using T = Compute<S>;
   Sums sums;
   for (int64_t block = 0; block < n; block += kBlock) {
     const int64_t stop = n < block + kBlock ? n : block + kBlock;
+    if (next) prefetch_half(next, block, stop);
     T exps = 0, mass = 0, dot = 0;
 #pragma omp simd reduction(+ : exps, mass, dot)
     for (int64_t c = block; c < stop; ++c) {
@@ -142,7 +150,8 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
       kept = grad;
     else if (grad)
       kept = scratch;  // a 16-bit exp would be rounded twice
-    Sums sums = kept ? sum_row<true>(y, x, n, max, kept) : sum_row<false>(y, x, n, max, kept);
+    const S* next = row + 1 < end ? x + a.logits_stride : nullptr;
+    Sums sums = kept ? sum_row<true>(y, x, n, max, kept, next) : sum_row<false>(y, x, n, max, kept, next);
     if constexpr (kTarget == Target::kSmoothedIndex) sums.mass = double(y.spread) * a.weight_sum;
     if constexpr (kTarget != Target::kProbability) {
       sums.mass += y.one_hot;
@@ -153,7 +162,6 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
     lse = T(double(max) + log_sum);
     if (!grad) continue;
     const T factor = T(a.grad_factor), scale = T(a.grad_factor * sums.mass / sums.exp);
-    const S* next = row + 1 < end ? x + a.logits_stride : nullptr;
     const T e_label = exp_of(from_max);
     y.write_grad([=](int64_t c) { return kept[c]; }, e_label, grad, n, scale, factor, next);
   }
