@@ -93,6 +93,7 @@ def case(
     oracle: Oracle,
     builds: dict[str, Build],
     *targets: Target,
+    in_a_row: int = 1,
 ) -> Case:
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
@@ -106,7 +107,7 @@ def case(
         gradients = [normal(shape, 0.01) for shape in shapes]
         return [contender(label, make, oracle, initial, gradients) for label, make in builds.items()]
 
-    return Case(name, title, numel * bytes_per_parameter, LIMIT, build, targets)
+    return Case(name, title, numel * bytes_per_parameter, LIMIT, build, targets, in_a_row)
 
 
 def cases() -> list[Case]:
@@ -125,7 +126,7 @@ def cases() -> list[Case]:
     of_stream = Target("fusedopt", "stream", 0.9)
     return [
         case("adamw-2000x64-f32", "AdamW, 2000 tensors of 64, f32", SMALL, f32, 28, adamw, adamw_builds,
-             over_fused(15.0)),
+             over_fused(15.0), in_a_row=10),
         case("adamw-gpt2-small-f32", "AdamW, GPT-2 small, f32", GPT2_SMALL, f32, 28, adamw, adamw_builds,
              over_fused(1.0), over_default(3.5), of_stream),
         case("adamw-gpt2-small-bf16", "AdamW, GPT-2 small, bf16", GPT2_SMALL, bf16, 14, adamw,

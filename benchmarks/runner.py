@@ -49,6 +49,7 @@ class Case:
     limit: float  # the error from which a contender is wrong, see `relative_error`
     build: Callable[[bool], list[Contender]]  # quick ->; stock first: its error is every row's `stock_error`
     targets: tuple[Target, ...] = ()
+    in_a_row: int = 1  # runs per turn, each timed: more than one where a working set that stays cached is the point
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def measure(
                 contender.prepare()
                 contender.run()
             errors[contender.name] = contender.error()
-        _take_turns(contenders, budget, times, tell)
+        _take_turns(contenders, case.in_a_row, budget, times, tell)
         for contender in contenders:  # whoever drifted while it was timed is found out here
             errors[contender.name] = max(errors[contender.name], contender.error())
     finally:
@@ -123,19 +124,24 @@ def measure(
 
 
 def _take_turns(
-    contenders: list[Contender], budget: Budget, times: dict[str, list[float]], tell: Callable[[str], None]
+    contenders: list[Contender],
+    in_a_row: int,
+    budget: Budget,
+    times: dict[str, list[float]],
+    tell: Callable[[str], None],
 ) -> None:
     spent, turn = 0.0, 0
     while turn < budget.least or (spent < budget.seconds and turn < budget.most):
         tell(f"turn {turn + 1}")
         for i in range(len(contenders)):
             contender = contenders[(turn + i) % len(contenders)]
-            contender.prepare()
-            start = time.perf_counter()
-            contender.run()
-            seconds = time.perf_counter() - start
-            times[contender.name].append(seconds)
-            spent += seconds
+            for _ in range(in_a_row):
+                contender.prepare()
+                start = time.perf_counter()
+                contender.run()
+                seconds = time.perf_counter() - start
+                times[contender.name].append(seconds)
+                spent += seconds
         turn += 1
 
 
