@@ -12,6 +12,12 @@
 namespace py = pybind11;
 using namespace fusedopt;
 
+#if defined(FUSEDOPT_CUDA)
+namespace fusedopt {
+void bind_cuda(py::module_&);
+}
+#endif
+
 namespace {
 
 template <class Call>
@@ -162,7 +168,7 @@ int clear_table(PyObject* self) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "fusedopt's native core: tensors in through DLPack, CPU loops.";
+  m.doc() = "fusedopt's native core: tensors in through DLPack, loops for the CPU, and CUDA kernels where built.";
   m.def("rules", rules, "(name, hyperparameters, states, number of states) of every rule, in the order of their index");
   m.def("has_openmp", has_openmp);
   m.def("cpu_isa", [] { return std::string(cpu_isa()); }, "The instruction set in use.");
@@ -193,22 +199,15 @@ PYBIND11_MODULE(_native, m) {
     return is_dense(t) ? "" : "strides with gaps or overlaps";
   });
   m.def("cpu_can_step", [](int rule, const std::string& param, const std::string& grad, const std::string& state) {
-    const auto named = [](const std::string& name) {
-      return name == "float64"    ? Dtype::kF64
-             : name == "float32"  ? Dtype::kF32
-             : name == "bfloat16" ? Dtype::kBF16
-             : name == "float16"  ? Dtype::kF16
-                                  : Dtype::kOther;
-    };
     Launch launch{};
     launch.rule = rule;
-    launch.param = named(param);
-    launch.grad = named(grad);
-    launch.state = named(state);
+    launch.param = dtype_named(param);
+    launch.grad = dtype_named(grad);
+    launch.state = dtype_named(state);
     return cpu_can_step(launch);
   });
 
-  py::class_<Table>(m, "Table", py::custom_type_setup([](PyHeapTypeObject* heap) {
+  py::class_<Table>(m, "Table", py::module_local(), py::custom_type_setup([](PyHeapTypeObject* heap) {
                       heap->ht_type.tp_flags |= Py_TPFLAGS_HAVE_GC;
                       heap->ht_type.tp_traverse = visit_table;
                       heap->ht_type.tp_clear = clear_table;
@@ -223,15 +222,15 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "bind",
           [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
-             py::handle step, py::handle owners, bool fresh, bool lasting) {
+             py::handle step, py::handle owners, bool fresh, bool lasting, bool on_device) {
             checked([&] {
               t.bind(i, param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), step.ptr(), owners.ptr(), fresh,
-                     lasting);
+                     lasting, on_device);
               return 0;
             });
           },
           py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"), py::arg("step"),
-          py::arg("owners"), py::kw_only(), py::arg("fresh"), py::arg("lasting"))
+          py::arg("owners"), py::kw_only(), py::arg("fresh"), py::arg("lasting"), py::arg("on_device") = false)
       .def(
           "slot",
           [](const Table& t, int64_t i) {
@@ -275,4 +274,7 @@ PYBIND11_MODULE(_native, m) {
     py::gil_scoped_release release;
     cpu_cross_entropy_backward(a, threads);
   });
+#if defined(FUSEDOPT_CUDA)
+  bind_cuda(m);
+#endif
 }

@@ -11,6 +11,7 @@ enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex
 struct Device {
   int32_t type;
   int32_t id;
+  friend bool operator==(Device a, Device b) { return a.type == b.type && a.id == b.id; }
 };
 
 struct DataType {

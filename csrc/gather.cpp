@@ -86,6 +86,14 @@ Dtype dtype_of(const dlpack::DataType& type) {
   return type.bits == 64 ? Dtype::kF64 : type.bits == 32 ? Dtype::kF32 : type.bits == 16 ? Dtype::kF16 : Dtype::kOther;
 }
 
+Dtype dtype_named(const std::string& name) {
+  return name == "float64"    ? Dtype::kF64
+         : name == "float32"  ? Dtype::kF32
+         : name == "bfloat16" ? Dtype::kBF16
+         : name == "float16"  ? Dtype::kF16
+                              : Dtype::kOther;
+}
+
 bool read_tensor(PyObject* object, dlpack::Tensor* out) {
   if (exchange_api(object)->tensor_from_object(object, out) != 0) {
     PyErr_Clear();
@@ -178,7 +186,7 @@ bool Table::refresh(Slot& slot, PyObject* grad) {
   if (!slot.ready || !state_unchanged(slot)) return false;
   dlpack::Tensor p, g;
   if (!read_tensor(slot.param.get(), &p) || !read_tensor(grad, &g)) return false;
-  if (p.device.type != dlpack::kCPU || g.device.type != dlpack::kCPU) return false;
+  if (!(p.device == slot.device) || !(g.device == slot.device)) return false;
   if (dtype_of(p.dtype) != slot.dtype || dtype_of(g.dtype) != slot.grad_dtype) return false;
   if (!slot.layout.same(p) || !slot.layout.same(g)) return false;
   if (slot.layout.numel == 1 && is_negated(grad)) return false;
@@ -227,15 +235,19 @@ void Table::notice_replaced_state(PyObject* state) {
 }
 
 void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
-                 PyObject* owners, bool fresh, bool lasting) {
+                 PyObject* owners, bool fresh, bool lasting, bool on_device) {
   Slot& slot = slots_.at(size_t(i));
+  dlpack::Tensor p;
   const auto read = [&](PyObject* object, const char* what) {
     dlpack::Tensor t;
     if (!read_tensor(object, &t)) throw std::invalid_argument(std::string(what) + " has no memory that can be read");
-    if (t.device.type != dlpack::kCPU) throw std::invalid_argument(std::string(what) + " is not on the CPU");
+    if (object != param && !(t.device == p.device))
+      throw std::invalid_argument(std::string(what) + " is on another device than its parameter");
     return t;
   };
-  const dlpack::Tensor p = read(param, "the parameter"), g = read(grad, "the gradient");
+  p = read(param, "the parameter");
+  if (!on_device && p.device.type != dlpack::kCPU) throw std::invalid_argument("the parameter is not on the CPU");
+  const dlpack::Tensor g = read(grad, "the gradient");
   Layout layout(p);
   if (!is_dense(p)) throw std::invalid_argument("the parameter is not dense");
   if (!layout.same(g)) throw std::invalid_argument("the gradient's shape or strides differ from the parameter's");
@@ -256,7 +268,7 @@ void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dic
   if (step != Py_None) {
     const dlpack::Tensor t = read(step, "the step counter");
     const Dtype dtype = dtype_of(t.dtype);
-    if (Layout(t).numel != 1 || (dtype != Dtype::kF32 && dtype != Dtype::kF64))
+    if (Layout(t).numel != 1 || (dtype != Dtype::kF32 && (on_device || dtype != Dtype::kF64)))
       throw std::invalid_argument("the step counter is not a float scalar");
     counter = t.data;
     counter_is_double = dtype == Dtype::kF64;
@@ -283,6 +295,8 @@ void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dic
   slot.n_states = int(n_states);
   slot.step = counter;
   slot.step_is_double = counter_is_double;
+  slot.device = p.device;
+  slot.on_device = on_device;
   slot.ready = lasting;
   slot.active = true;
   moved_ = true;
@@ -290,14 +304,15 @@ void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dic
 
 // Parameters that share memory (tied by .data, say) step in order, in waves of their own: two threads must not meet
 // there. Looked at only when a pointer or the set of active tensors changed.
-void Table::order_shared_memory() {
+uint64_t Table::settle() {
   bool changed = moved_;
   for (Slot& slot : slots_) {
     changed |= slot.active != slot.was_active;
     slot.was_active = slot.active;
   }
-  if (!changed) return;
+  if (!changed) return version_;
   moved_ = false;
+  ++version_;
   updated_ = Ref();
   struct Range {
     const char *begin, *end;
@@ -323,24 +338,31 @@ void Table::order_shared_memory() {
   std::sort(clashes.begin(), clashes.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
   for (const auto& [earlier, later] : clashes)
     slots_[later].wave = std::max(slots_[later].wave, slots_[earlier].wave + 1);
+  return version_;
+}
+
+static auto launch_key(const Slot& s) { return std::tuple(s.wave, s.rule, s.dtype, s.grad_dtype, s.state_dtype); }
+
+template <class S>
+static void sort_into_launches(std::vector<S*>& order) {
+  const auto before = [](const Slot* a, const Slot* b) { return launch_key(*a) < launch_key(*b); };
+  if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
 }
 
 std::vector<Launch> Table::launches(const std::vector<Group>& groups, int threads) {
-  order_shared_memory();
-  const auto key = [](const Slot& s) { return std::tuple(s.wave, s.rule, s.dtype, s.grad_dtype, s.state_dtype); };
+  settle();
   std::vector<Slot*> order;
   order.reserve(slots_.size());
   for (Slot& slot : slots_)
-    if (slot.active) order.push_back(&slot);
-  const auto before = [&](const Slot* a, const Slot* b) { return key(*a) < key(*b); };
-  if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
+    if (slot.active && !slot.on_device) order.push_back(&slot);
+  sort_into_launches(order);
 
   rows_.clear();
   rows_.reserve(order.size());
   std::vector<Launch> launches;
   for (size_t i = 0; i < order.size(); ++i) {
     Slot& slot = *order[i];
-    if (i == 0 || key(*order[i - 1]) != key(slot))
+    if (i == 0 || launch_key(*order[i - 1]) != launch_key(slot))
       launches.push_back(
           {slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, rows_.data() + i, 0, groups.data(), threads});
     ++launches.back().n_rows;
@@ -353,6 +375,45 @@ std::vector<Launch> Table::launches(const std::vector<Group>& groups, int thread
     rows_.push_back(row);
   }
   return launches;
+}
+
+std::vector<DeviceLaunch>& DevicePlan::lay_out(Table& table, int32_t device) {
+  const std::vector<Slot>& slots = table.slots();
+  const uint64_t version = table.settle();
+  if (version == version_) {
+    for (size_t l = 0; l < launches_.size(); ++l) {
+      DeviceLaunch& launch = launches_[l];
+      launch.rows_changed = launch.grads_changed = false;
+      for (size_t r = 0; r < launch.grads.size(); ++r) {
+        const void* grad = slots[slots_[l][r]].grad;
+        launch.grads_changed |= grad != launch.grads[r];
+        launch.grads[r] = grad;
+      }
+    }
+    return launches_;
+  }
+  version_ = version;
+  launches_.clear();
+  slots_.clear();
+  std::vector<const Slot*> order;
+  for (const Slot& slot : slots)
+    if (slot.active && slot.on_device && slot.device.id == device) order.push_back(&slot);
+  sort_into_launches(order);
+  for (size_t i = 0; i < order.size(); ++i) {
+    const Slot& slot = *order[i];
+    if (i == 0 || launch_key(*order[i - 1]) != launch_key(slot)) {
+      launches_.push_back({slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, {}, {}, 0, true, true});
+      slots_.emplace_back();
+    }
+    DeviceLaunch& launch = launches_.back();
+    DeviceRow row{slot.data, {}, static_cast<float*>(slot.step), slot.layout.numel, launch.chunks, int64_t(slot.group)};
+    std::copy(slot.states, slot.states + kMaxStates, row.state);
+    launch.rows.push_back(row);
+    launch.grads.push_back(slot.grad);
+    launch.chunks += (slot.layout.numel + kChunk - 1) / kChunk;
+    slots_.back().push_back(size_t(&slot - slots.data()));
+  }
+  return launches_;
 }
 
 PyObject* Table::updated() {

@@ -6,6 +6,8 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "dlpack.h"
@@ -67,6 +69,9 @@ struct Slot {
   int32_t group = 0;
   int rule = -1;
 
+  dlpack::Device device{};
+  bool on_device = false;  // its step counter is advanced where it lies, by a backend that reads DevicePlan
+
   bool ready = false;   // bound, and only pointers can have changed since: checked natively
   bool active = false;  // takes part in this step
   bool fresh = false;   // has a state buffer but no step counter, and has not stepped
@@ -79,7 +84,7 @@ struct Slot {
   const void* grad = nullptr;
   void* states[kMaxStates]{};
   int n_states = 0;
-  void* step = nullptr;  // float or double
+  void* step = nullptr;  // float or double; float if on_device
   bool step_is_double = false;
 };
 
@@ -90,20 +95,26 @@ class Table {
   std::vector<int64_t> gather(PyObject* param_groups, PyObject* state, const std::vector<int>& rules);
 
   // Take slot i into this step. `param` is the parameter or a real view of it, `grad` has its layout, `state_dict` is
-  // the optimizer's entry (or None), `states` the rule's tensors in it or views of them, `step` a CPU scalar tensor or
-  // None (then `fresh` says whether this is the first step). `lasting`: all are the optimizer's own objects, so that
-  // the next gather may check natively. `owners` is kept as long as the pointers are. Throws std::invalid_argument,
-  // with nothing changed, where a tensor does not fit.
+  // the optimizer's entry (or None), `states` the rule's tensors in it or views of them, `step` a scalar tensor or None
+  // (then `fresh` says whether this is the first step). `on_device`: see Slot. `lasting`: all are the optimizer's own
+  // objects, so that the next gather may check natively. `owners` is kept as long as the pointers are. Throws
+  // std::invalid_argument, with nothing changed, where a tensor does not fit.
   void bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
-            PyObject* owners, bool fresh, bool lasting);
+            PyObject* owners, bool fresh, bool lasting, bool on_device);
 
-  // Advance the step counters and lay out the active slots, grouped by rule and dtypes, in as many launches as needed.
+  // Work out in which waves the active slots step. Returns a number that changes when anything but a gradient's address
+  // did.
+  uint64_t settle();
+
+  // Advance the step counters and lay out the active slots that are not on_device, grouped by rule and dtypes, in as
+  // many launches as needed.
   std::vector<Launch> launches(const std::vector<Group>& groups, int threads);
 
   PyObject* updated();  // list of the active slots' parameters; borrowed
   std::vector<bool> active() const;
   int64_t size() const { return int64_t(slots_.size()); }
   const Slot& slot(int64_t i) const { return slots_.at(size_t(i)); }
+  const std::vector<Slot>& slots() const { return slots_; }
 
   int visit(visitproc visit, void* arg);
   void clear();
@@ -112,17 +123,29 @@ class Table {
   bool refresh(Slot& slot, PyObject* grad);
   bool state_unchanged(const Slot& slot) const;
   void notice_replaced_state(PyObject* state);
-  void order_shared_memory();
 
   std::vector<Slot> slots_;
   std::vector<std::pair<Ref, Ref>> state_order_;  // optimizer.state as it was at the last gather
   std::vector<Row> rows_;
   Ref updated_;
   bool moved_ = true;
+  uint64_t version_ = 0;
+};
+
+// The active on_device slots of one device, laid out; kept from step to step, so that only what changed is sent.
+class DevicePlan {
+ public:
+  std::vector<DeviceLaunch>& lay_out(Table& table, int32_t device);
+
+ private:
+  uint64_t version_ = 0;
+  std::vector<DeviceLaunch> launches_;
+  std::vector<std::vector<size_t>> slots_;  // of each launch's rows
 };
 
 int64_t size_of(Dtype dtype);
 Dtype dtype_of(const dlpack::DataType& type);
+Dtype dtype_named(const std::string& name);  // as torch prints it, without "torch."
 
 // Reads a tensor's memory; false (no Python error set) where it has none: sparse, meta, a wrapper subclass.
 bool read_tensor(PyObject* object, dlpack::Tensor* out);

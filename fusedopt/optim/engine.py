@@ -6,8 +6,10 @@ pointer, and either binds them to a kernel or hands them to torch's own function
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from fusedopt import backends
-from fusedopt.backends import cpu
+from fusedopt.backends import cpu, reference
 
 
 class Placement(NamedTuple):
@@ -27,6 +29,21 @@ class Placement(NamedTuple):
     dtype: torch.dtype
     backend: str
     reason: str
+
+
+class _Scaling:
+    """GradScaler's scale and found_inf for work on the host, which must wait for them: read only if asked."""
+
+    def __init__(self, found_inf: Tensor | None, scale: Tensor | None) -> None:
+        self._found_inf, self._scale = found_inf, scale
+
+    @functools.cached_property
+    def skip(self) -> bool:
+        return self._found_inf is not None and float(self._found_inf) != 0
+
+    @functools.cached_property
+    def inv_scale(self) -> float:
+        return 1.0 if self._scale is None else 1.0 / float(self._scale)
 
 
 class Unfusable(Exception):
@@ -77,11 +94,10 @@ class FusedStep:
         return loss
 
     def _update(self) -> None:
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        on_host = _Scaling(found_inf, scale)
+        if not self._steppers and on_host.skip:
             return  # GradScaler: nothing may change, step counters included
-        scale = getattr(self, "grad_scale", None)
-        inv_scale = 1.0 if scale is None else 1.0 / float(scale)
 
         fallback: list[list[Tensor]] = [[] for _ in self.param_groups]
         held: list[Tensor] = []  # copies and views that must outlive the launch
@@ -98,13 +114,15 @@ class FusedStep:
                     fallback[group_index].append(param)
 
         for group, tensors in zip(self.param_groups, fallback, strict=True):
-            if tensors:
-                self._update_by_torch(group, tensors, inv_scale)
+            if tensors and not on_host.skip:
+                self._update_by_torch(group, tensors, on_host.inv_scale)
         if self._table is not None:
-            groups = [
-                (self._hyper(group), -inv_scale if group["maximize"] else inv_scale) for group in self.param_groups
-            ]
-            cpu.step(self._table, groups)
+            for stepper in self._steppers.values():
+                stepper.step(self._table, self._device_groups(stepper.device), found_inf, scale)
+            if self._on_cpu and not on_host.skip:
+                factor = on_host.inv_scale
+                groups = [(self._hyper(group), -factor if group["maximize"] else factor) for group in self.param_groups]
+                cpu.step(self._table, groups)
             # raw writes are invisible to autograd, which would go on with saved tensors that have changed
             torch.autograd.graph.increment_version(self._table.updated())
 
@@ -114,6 +132,17 @@ class FusedStep:
     def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.states + tuple(state for key, (_, state) in self.options.items() if state and group[key])
 
+    def _device_groups(self, device: torch.device) -> list[tuple[list[float], float, int, bool]]:
+        """As fusedopt.backends.cuda.Stepper.step takes them: a learning rate on the device is read there."""
+        groups = []
+        for group in self.param_groups:
+            lr = group["lr"]
+            stays = isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64)
+            hyper = self._hyper({**group, "lr": 0.0} if stays else group)
+            address = lr.data_ptr() if stays else 0
+            groups.append((hyper, -1.0 if group["maximize"] else 1.0, address, stays and lr.dtype == torch.float64))
+        return groups
+
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         betas = group.get("betas", ())
         values = {f"beta{i}": beta for i, beta in enumerate(betas, 1)}
@@ -121,10 +150,10 @@ class FusedStep:
 
     # --- one tensor, seen for the first time or changed ---
 
-    def _check_fusable(self, param: Tensor, grad: Tensor | None, group: dict[str, Any]) -> None:
-        """Raise Unfusable where no kernel takes the tensor as it is."""
+    def _check_fusable(self, param: Tensor, grad: Tensor | None, group: dict[str, Any]) -> ModuleType:
+        """The backend whose kernels take the tensor as it is; raises Unfusable where there is none."""
         backend = backends.select(self._options["backend"], param.device)
-        if backend is not cpu:
+        if backend is reference:
             raise Unfusable(
                 "asked for"
                 if self._options["backend"] == "reference"
@@ -135,18 +164,24 @@ class FusedStep:
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
             raise Unfusable("sparse")
         real = _real_dtype(param.dtype)
-        if not cpu.supports(cpu.rules()[self._rule(group)][0], real, real, real):
+        if not backend.supports(cpu.rules()[self._rule(group)][0], real, real, real):
             raise Unfusable(f"no kernel for {param.dtype}")
         if param.is_neg() or param.is_conj():
             raise Unfusable("lazily negated or conjugated")
         if obstacle := cpu.obstacle(param):
             raise Unfusable(obstacle)
+        return backend
 
     def _admit(self, slot: int, param: Tensor, group: dict[str, Any], rule: int) -> list[Tensor]:
         """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
         grad = param.grad
-        self._check_fusable(param, grad, group)
+        backend = self._check_fusable(param, grad, group)
         known = bool(self.state.get(param))
+        if not known and backend is not cpu and backend.capturing(param.device):
+            raise RuntimeError(
+                "step() meets a parameter for the first time while a graph is captured: each replay would start its "
+                "state anew; take one step before the capture"
+            )
         self._stock_lists(group, [param])  # stock's own checks, errors and state
         state = self.state.get(param)
         made = {}  # SGD's buffer before its first step
@@ -163,18 +198,21 @@ class FusedStep:
             if value.dtype != param.dtype or value.device != param.device or value.layout != torch.strided:
                 raise Unfusable(f"state {key!r} is {value.dtype} on {value.device}")
             # a contiguous checkpoint in a channels_last model, say; or a new state, better off on huge pages
-            if not _same_strides(value, param) or (not known and value.nbytes >= cpu.HUGE):
-                value = cpu.advised(torch.empty_like(param)).copy_(value)
+            if not _same_strides(value, param) or (backend is cpu and not known and value.nbytes >= cpu.HUGE):
+                fresh = torch.empty_like(param)
+                value = (cpu.advised(fresh) if backend is cpu else fresh).copy_(value)
                 (made if key in made else state)[key] = value
             states.append(value)
         counter = None if state is None else state.get("step")
-        if counter is not None and not isinstance(counter, Tensor):
+        if backend is not cpu:
+            counter = self._device_counter(param.device, state, fresh=bool(made))
+        elif counter is not None and not isinstance(counter, Tensor):
             counter = state["step"] = torch.tensor(float(counter), dtype=_get_scalar_dtype())
-        if counter is not None and counter.device.type != "cpu":
+        elif counter is not None and counter.device.type != "cpu":
             raise Unfusable(f"step counter on {counter.device}")
 
         real = _real_dtype(param.dtype)
-        grad_dtype = grad.dtype if cpu.supports(rule, real, _real_dtype(grad.dtype), real) else param.dtype
+        grad_dtype = grad.dtype if backend.supports(rule, real, _real_dtype(grad.dtype), real) else param.dtype
         # a lazily negated or conjugated tensor's memory does not hold its values, and DLPack does not tell
         lasting = not (param.is_complex() or grad.is_neg())
         if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
@@ -189,13 +227,43 @@ class FusedStep:
             state.update(made)
         try:
             self._table.bind(
-                slot, param, grad, state, tuple(states), counter, owners, fresh=bool(made), lasting=lasting
+                slot,
+                param,
+                grad,
+                state,
+                tuple(states),
+                counter,
+                owners,
+                fresh=bool(made),
+                lasting=lasting,
+                on_device=backend is not cpu,
             )
         except ValueError as error:
             for key in made:
                 del state[key]
             raise Unfusable(str(error)) from None
+        if backend is cpu:
+            self._on_cpu = True
+        elif param.device not in self._steppers:
+            self._steppers[param.device] = backend.Stepper(param.device)
         return held
+
+    def _device_counter(self, device: torch.device, state: dict[str, Any] | None, fresh: bool) -> Tensor:
+        """The step counter, which the device advances: state["step"], or one of our own where stock counts no steps."""
+        known = None if state is None else state.get("step")
+        if isinstance(known, Tensor) and known.device == device and known.dtype == torch.float32:
+            return known
+        flat, used = self._counters.get(device, (None, 0))
+        if flat is None or used == len(flat):
+            flat, used = torch.zeros(sum(len(g["params"]) for g in self.param_groups), device=device), 0
+        counter = flat[used]
+        self._counters[device] = flat, used + 1
+        steps = float(known) if known is not None else float(not fresh)
+        if steps:
+            counter.fill_(steps)
+        if known is not None:
+            state["step"] = counter
+        return counter
 
     # --- torch's own functional, tensor by tensor ---
 
@@ -234,8 +302,8 @@ class FusedStep:
             for i, param in enumerate(group["params"]):
                 backend, reason = "reference", ""
                 try:
-                    self._check_fusable(param, param.grad, group)
-                    backend, reason = "cpu", f"native, {cpu.isa()}"
+                    fused = self._check_fusable(param, param.grad, group)
+                    backend, reason = fused.name, f"native, {cpu.isa()}" if fused is cpu else "kernels"
                 except Unfusable as unfusable:
                     reason = str(unfusable)
                 report.append(Placement(g, i, tuple(param.shape), param.dtype, backend, reason))
@@ -268,6 +336,9 @@ class FusedStep:
         """Drop all that was known of the tensors' whereabouts; the next step looks anew."""
         fusable = self._options["backend"] != "reference" and cpu.available() is True
         self._table = cpu.new_table() if fusable else None
+        self._on_cpu = False  # whether any tensor steps there
+        self._steppers: dict[torch.device, Any] = {}
+        self._counters: dict[torch.device, tuple[Tensor, int]] = {}  # a flat tensor, and how many of it are taken
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}

@@ -1,0 +1,31 @@
+// One optimizer step on a CUDA device: the tables of gather.h's DevicePlan go up, two kernels per launch do the work.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "../step.h"
+
+namespace fusedopt {
+
+struct CudaStepArgs {
+  std::vector<DeviceLaunch>* launches;
+  const std::vector<DeviceGroup>* groups;
+  bool all_changed;  // nothing of the tables is in `memory` yet
+  bool groups_changed;
+  void* memory;                         // cuda_step_bytes() on the device, the step's own until its next step
+  const float *found_inf, *grad_scale;  // device scalars, or null
+  int device;
+  void* stream;
+};
+
+// Whether there is a kernel for a launch's rule and dtypes.
+bool cuda_can_step(int rule, Dtype param, Dtype grad, Dtype state);
+
+// Device memory that a step needs.
+size_t cuda_step_bytes(const std::vector<DeviceLaunch>& launches, size_t n_groups);
+
+// Asynchronous. Returns the number of kernels launched. Throws CudaError.
+int cuda_step(const CudaStepArgs& args);
+
+}  // namespace fusedopt
