@@ -12,6 +12,12 @@
 namespace py = pybind11;
 using namespace fusedopt;
 
+#if defined(FUSEDOPT_CUDA)
+namespace fusedopt {
+void bind_cuda(py::module_&);
+}
+#endif
+
 namespace {
 
 template <class Call>
@@ -162,7 +168,7 @@ int clear_table(PyObject* self) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "fusedopt's native core: tensors in through DLPack, CPU loops.";
+  m.doc() = "fusedopt's native core: tensors in through DLPack, loops for the CPU, and CUDA kernels where built.";
   m.def("rules", rules, "(name, hyperparameters, states, number of states) of every rule, in the order of their index");
   m.def("has_openmp", has_openmp);
   m.def("cpu_isa", [] { return std::string(cpu_isa()); }, "The instruction set in use.");
@@ -275,4 +281,7 @@ PYBIND11_MODULE(_native, m) {
     py::gil_scoped_release release;
     cpu_cross_entropy_backward(a, threads);
   });
+#if defined(FUSEDOPT_CUDA)
+  bind_cuda(m);
+#endif
 }
