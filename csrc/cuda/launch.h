@@ -31,19 +31,19 @@ inline void check(cudaError_t code, const char* what) {
 namespace fusedopt {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   unsigned cluster, Arguments&&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes,
+                   cudaStream_t stream, Arguments&&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  attribute.val.clusterDim = {cluster.x, cluster.y, cluster.z};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;  // devices before sm_90 refuse the attribute, even for one block
+  // devices before sm_90 refuse the attribute, even for clusters of one block
+  config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
@@ -52,13 +52,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 // Both evaluate to a cudaError_t. The kernel stands in parentheses, so that its template arguments may hold commas:
 // check(FUSEDOPT_LAUNCH((update<Rule, float>), grid, block, 0, stream, rows), "update").
 #define FUSEDOPT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::fusedopt::launch(kernel, grid, block, shared_bytes, stream, 1, __VA_ARGS__)
-// The grid's blocks in clusters of `cluster`, which divides grid.x; sm_90 or newer.
-#define FUSEDOPT_LAUNCH_CLUSTER(kernel, grid, block, shared_bytes, stream, cluster, ...) \
-  ::fusedopt::launch(kernel, grid, block, shared_bytes, stream, cluster, __VA_ARGS__)
+  ::fusedopt::launch(kernel, grid, block, 1, shared_bytes, stream, __VA_ARGS__)
+// The grid's blocks in clusters, whose size divides the grid's; sm_90 or newer.
+#define FUSEDOPT_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...) \
+  ::fusedopt::launch(kernel, grid, block, cluster, shared_bytes, stream, __VA_ARGS__)
 
 // FUSEDOPT_SHARED(float, sums, [32]); declares `__shared__ float sums[32]`.
-#define FUSEDOPT_SHARED(T, name, extent) __shared__ T name extent
+#define FUSEDOPT_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // FUSEDOPT_DYN_SHARED(float, row); declares `row`, a float*, at the launch's shared_bytes; 16-byte aligned.
 #define FUSEDOPT_DYN_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char fusedopt_dyn_shared[]; \
