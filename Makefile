@@ -8,7 +8,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp')
+NATIVE := setup.py $(wildcard build_tools/*.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# Where there is no GPU, the kernels are compiled for the tests to read only: one architecture will do.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9]')
+ifeq ($(FUSEDOPT_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)$(GPUS),)
+export FUSEDOPT_CUDA_ARCHS := 90
+endif
 
 .PHONY: train test bench gpu lint readme clean
 
@@ -30,7 +36,7 @@ readme: $(VENV)/.built
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp,$(NATIVE))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE))
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedopt needs Python 3.10 or newer; this is " + sys.version.split()[0] + " (make PYTHON=...)" or 0)'

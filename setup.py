@@ -1,7 +1,8 @@
-"""Builds the native core: plain C++17, no torch. Needs pybind11 and ninja, which pip's isolated build fetches.
+"""Builds the native core: plain C++17 and CUDA, no torch. Needs pybind11 and ninja, which pip's isolated build fetches.
 
 FUSEDOPT_REQUIRE_NATIVE=1 makes a failed native build fail the installation; otherwise fusedopt installs without it,
-runs on PyTorch's own kernels, and `python -m fusedopt` says why.
+runs on PyTorch's own kernels, and `python -m fusedopt` says why. FUSEDOPT_CUDA=auto|0|1 is about its CUDA part; see
+build_tools/cuda.py for what else is read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,11 +18,14 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # an isolated build does not look here
+from build_tools import BuildFailed, cuda  # noqa: E402
 
 # One build of the CPU loops per instruction set, best first; -march=native would not survive a move to another machine.
 ISAS = {
@@ -39,14 +44,17 @@ LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 ISA_SOURCES = ["csrc/cpu/step.cpp", "csrc/cpu/cross_entropy.cpp"]
 SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/gather.cpp"]
 BINDINGS = "csrc/bindings_cpu.cpp"
+CUDA_HOST_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/runtime.cpp"]
 
 
-class BuildFailed(Exception):
-    """The native core cannot be built here; the message says why, `remedy` what to do."""
+class CudaPart(NamedTuple):
+    """A toolkit and what it builds for."""
 
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(reason)
-        self.remedy = remedy
+    toolkit: cuda.Toolkit
+    archs: cuda.Archs
+
+    def info(self) -> dict[str, object]:
+        return {"built": True, "nvcc": self.toolkit.version, "archs": self.archs.real, "ptx": self.archs.ptx}
 
 
 def compiler() -> list[str]:
@@ -66,41 +74,101 @@ def accepts(cxx: list[str], flags: list[str], source: str = "int main() { return
         return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 
-def write_ninja(path: Path, cxx: list[str], target: Path, openmp: list[str]) -> None:
+def cuda_part() -> CudaPart:
+    """The CUDA part that the environment asks for and allows.
+
+    Raises:
+        BuildFailed: there is to be none, or there can be none.
+    """
+    wanted = os.environ.get("FUSEDOPT_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FUSEDOPT_CUDA={wanted!r} is not one of auto, 0, 1")
+    if wanted == "0":
+        raise BuildFailed("FUSEDOPT_CUDA=0 was set", "reinstall fusedopt without FUSEDOPT_CUDA=0")
+    toolkit = cuda.find_toolkit()
+    return CudaPart(toolkit, cuda.choose_archs(toolkit.known))
+
+
+def write_ninja(path: Path, cxx: list[str], target: Path, openmp: list[str], with_cuda: CudaPart | None) -> None:
     """One edge per object, so that builds are parallel and incremental."""
     import pybind11
 
     isas = ISAS.get(platform.machine(), {}) or {"portable": []}
     listed = " ".join(f"X({isa})" for isa in isas)
     python = [f"-I{sysconfig.get_path('include')}"]
-    objects: dict[str, tuple[str, list[str]]] = {}
+    bindings = [*python, f"-isystem{pybind11.get_include()}"]
+    objects: dict[str, tuple[str, str, list[str]]] = {}  # name -> rule, source, flags
     for source in ISA_SOURCES:
         for isa, flags in isas.items():
             objects[f"{Path(source).stem}_{isa}.o"] = (
+                "compile",
                 source,
                 [*LOOPS, *flags, f"-DFUSEDOPT_ISA={isa}", "-fopenmp-simd"],
             )
     for source in SOURCES:
-        objects[f"{Path(source).stem}.o"] = (source, [*python, *openmp, f"'-DFUSEDOPT_ISAS(X)={listed}'"])
-    objects[f"{Path(BINDINGS).stem}.o"] = (BINDINGS, [*python, f"-isystem{pybind11.get_include()}"])
+        objects[f"{Path(source).stem}.o"] = ("compile", source, [*python, *openmp, f"-DFUSEDOPT_ISAS(X)={listed}"])
+    define = ["-DFUSEDOPT_CUDA"] if with_cuda else []
+    objects[f"{Path(BINDINGS).stem}.o"] = ("compile", BINDINGS, [*bindings, *define])
 
     link = ["-shared", "-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    escape = str(ROOT).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    libraries: list[str] = []
+    nvcc: list[str] = []
+    if with_cuda:
+        include = f"-isystem{with_cuda.toolkit.include}"
+        for source in CUDA_HOST_SOURCES:
+            objects[f"{Path(source).stem}.o"] = ("compile", source, [*bindings, include])
+        kernels = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
+        for source in kernels:
+            objects[f"{source.stem}.cu.o"] = ("nvcc", str(source), [])
+        # ninja runs the sources side by side, nvcc the architectures of one
+        threads = max(1, (os.cpu_count() or 1) // max(1, len(kernels)))
+        nvcc = [str(with_cuda.toolkit.nvcc), include, *cuda.nvcc_flags(cxx, with_cuda.archs, threads)]
+        libraries = [str(with_cuda.toolkit.cudart), "-ldl", "-lrt", "-lpthread"]
+
+    def escaped(text: str) -> str:
+        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def command(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {shlex.join(cxx)}",
-        f"common = {' '.join(COMMON)}",
+        f"cxx = {command(cxx)}",
+        f"common = {command(COMMON)}",
+        f"nvcc = {command(nvcc)}",
         "rule compile",
         "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        # the log tells what each kernel takes in registers, stack and spills; tests read it
+        "rule nvcc",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
-        f"  command = $cxx {' '.join([*link, *openmp])} $in -o $out",
+        f"  command = $cxx {command([*link, *openmp])} $in {command(libraries)} -o $out",
     ]
-    for name, (source, flags) in objects.items():
-        lines += [f"build {name}: compile {escape}/{source}", f"  flags = {' '.join(flags)}"]
+    for name, (rule, source, flags) in objects.items():
+        lines += [f"build {name}: {rule} {escaped(f'{ROOT}/{source}')}", f"  flags = {command(flags)}"]
     lines += [f"build {target.name}: link {' '.join(objects)}", f"default {target.name}", ""]
     path.write_text("\n".join(lines))
+
+
+def run_ninja(folder: Path) -> None:
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        import ninja as package
+
+        ninja = str(Path(package.BIN_DIR) / "ninja")
+    run = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(run.stdout, end="")
+    if run.returncode == 0:
+        return
+    reason = next((line.strip() for line in run.stdout.splitlines() if re.search(r"\b(error|fatal)\b", line)), "")
+    remedy = "reinstall with `pip install -v` to see the compiler's output"
+    if "unsupported GNU version" in run.stdout or "unsupported clang version" in run.stdout:
+        remedy = "set NVCC_CCBIN to an older compiler, such as NVCC_CCBIN=g++-13, then reinstall fusedopt"
+    raise BuildFailed(f"compilation failed: {reason or 'ninja gave no reason'}", remedy)
 
 
 class NinjaBuild(build_ext):
@@ -111,16 +179,19 @@ class NinjaBuild(build_ext):
         try:
             info |= self.build_native(target)
         except BuildFailed as failure:
-            if os.environ.get("FUSEDOPT_REQUIRE_NATIVE") == "1":
+            if "1" in (os.environ.get("FUSEDOPT_REQUIRE_NATIVE"), os.environ.get("FUSEDOPT_CUDA")):
                 raise
             info = {"native": False, "reason": str(failure), "remedy": failure.remedy}
             target.unlink(missing_ok=True)
             print(
                 f"fusedopt: installing without the native core: {failure}. To get it: {failure.remedy}", file=sys.stderr
             )
-        folders = [target.parent] + ([ROOT / "fusedopt"] if getattr(self, "editable_mode", False) else [])
-        for folder in folders:
-            (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        self.build_info = json.dumps(info, indent=2) + "\n"
+        (target.parent / "_build_info.json").write_text(self.build_info)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        (ROOT / "fusedopt" / "_build_info.json").write_text(self.build_info)
 
     def build_native(self, target: Path) -> dict[str, object]:
         cxx = compiler()
@@ -136,23 +207,24 @@ class NinjaBuild(build_ext):
         # a folder of the checkout's own, so that a second build compiles only what changed
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_ninja(folder / "build.ninja", cxx, target, openmp)
-        ninja = shutil.which("ninja")
-        if ninja is None:
-            import ninja as package
 
-            ninja = str(Path(package.BIN_DIR) / "ninja")
-        run = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(run.stdout, end="")
-        if run.returncode != 0:
-            errors = [line for line in run.stdout.splitlines() if "error" in line]
-            raise BuildFailed(
-                f"compilation failed: {(errors or ['ninja gave no reason'])[0]}",
-                "reinstall with `pip install -v` to see the compiler's output",
-            )
+        def build(with_cuda: CudaPart | None) -> None:
+            write_ninja(folder / "build.ninja", cxx, target, openmp, with_cuda)
+            run_ninja(folder)
+
+        try:
+            part = cuda_part()
+            build(part)
+            cuda_info = part.info()
+        except BuildFailed as failure:
+            if os.environ.get("FUSEDOPT_CUDA") == "1":
+                raise
+            cuda_info = {"built": False, "reason": str(failure), "remedy": failure.remedy}
+            build(None)  # where C++ was what failed, it fails again
+            print(f"fusedopt: without CUDA: {failure}. To get it: {failure.remedy}", file=sys.stderr)
         shutil.copyfile(folder / target.name, target)
         version = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.splitlines()
-        return {"compiler": version[0] if version else shlex.join(cxx), "openmp": bool(openmp)}
+        return {"compiler": version[0] if version else shlex.join(cxx), "openmp": bool(openmp), "cuda": cuda_info}
 
 
 setup(

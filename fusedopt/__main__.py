@@ -17,8 +17,6 @@ import fusedopt
 from fusedopt import backends
 from fusedopt.backends import cpu
 
-REMEDY = "nothing to do yet: GPU tensors work, on PyTorch's own kernels"
-
 
 def environment() -> dict[str, Any]:
     """Versions, processor, threads and backends of this process."""
@@ -38,20 +36,39 @@ def environment() -> dict[str, Any]:
             "openmp": cpu._native.has_openmp(),
             "compiler": info.get("compiler"),
         }
+    if info.get("cuda", {}).get("built"):
+        report["cuda"] = {key: info["cuda"][key] for key in ("nvcc", "archs", "ptx")}
     report["backends"] = {}
     for name, state in backends.available().items():
         entry: dict[str, Any] = {"on": state is True}
         if state is not True:
-            entry |= {"reason": state, "remedy": cpu.remedy() if name == "cpu" else REMEDY}
+            entry |= {"reason": state, "remedy": backends.module(name).remedy()}
         report["backends"][name] = entry
+    report["devices"] = devices([name for name, entry in report["backends"].items() if entry["on"]])
     return report
 
 
-def _step_error(name: str, dtype: torch.dtype) -> tuple[float, float]:
+def devices(names: list[str]) -> list[dict[str, Any]]:
+    """Every GPU that PyTorch sees, and which of the backends `names` have kernels for it."""
+    found = []
+    for kind, library in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        for index in range(library.device_count() if library.is_available() else 0):
+            properties = library.get_device_properties(index)
+            capability = f"{properties.major}.{properties.minor}" if kind == "cuda" else None
+            modules = [backends.module(name) for name in names if name != "reference"]
+            device = torch.device(kind, index)
+            served = [module.name for module in modules if backends.takes(module, device)]
+            found.append(
+                {"device": str(device), "name": properties.name, "compute_capability": capability, "backends": served}
+            )
+    return found
+
+
+def _step_error(name: str, dtype: torch.dtype, backend: str, device: str) -> tuple[float, float]:
     """(fused error, what is allowed) of three steps against torch.optim in float64; Lion has only its own reference."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(1009, generator=generator).to(dtype)
-    grads = [torch.randn(1009, generator=generator).to(dtype) for _ in range(3)]
+    start = torch.randn(1009, generator=generator).to(device, dtype)
+    grads = [torch.randn(1009, generator=generator).to(device, dtype) for _ in range(3)]
 
     def run(cls: Callable[..., Any], as_dtype: torch.dtype, **options: Any) -> torch.Tensor:
         param = start.to(as_dtype, copy=True).requires_grad_()
@@ -68,7 +85,7 @@ def _step_error(name: str, dtype: torch.dtype) -> tuple[float, float]:
         exact, stock = run(getattr(torch.optim, name), torch.float64), run(getattr(torch.optim, name), dtype)
     # stock's own error, and two roundings of the largest parameter
     allowed = (stock - exact).abs().max() + 2 * torch.finfo(dtype).eps * start.abs().max()
-    return (run(fused, dtype) - exact).abs().max().item(), allowed.item()
+    return (run(fused, dtype, backend=backend) - exact).abs().max().item(), allowed.item()
 
 
 def _loss_error(dtype: torch.dtype) -> tuple[float, float]:
@@ -88,20 +105,28 @@ def _loss_error(dtype: torch.dtype) -> tuple[float, float]:
     return error, max(torch.finfo(dtype).eps, 4e-6)
 
 
-def self_test() -> Iterator[dict[str, Any]]:
-    """Every optimizer and the loss against float64, one row each."""
+def self_test(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every optimizer, on the CPU and once for each backend of a GPU, and the loss, against float64; one row each."""
+    places = [("auto", "cpu")]
+    for device in report["devices"]:
+        places += [(name, device["device"]) for name in device["backends"] if name not in dict(places)]
     for dtype in (torch.float32, torch.bfloat16):
-        for name in ("Adam", "AdamW", "RMSprop", "Adagrad", "SGD", "Lion"):
-            error, allowed = _step_error(name, dtype)
-            yield {"test": name, "dtype": str(dtype)[6:], "error": error, "allowed": allowed, "ok": error <= allowed}
-        error, allowed = _loss_error(dtype)
-        yield {
-            "test": "cross_entropy",
-            "dtype": str(dtype)[6:],
-            "error": error,
-            "allowed": allowed,
-            "ok": error <= allowed,
+        errors = {
+            (name, *place): _step_error(name, dtype, *place)
+            for place in places
+            for name in ("Adam", "AdamW", "RMSprop", "Adagrad", "SGD", "Lion")
         }
+        errors["cross_entropy", "auto", "cpu"] = _loss_error(dtype)
+        for (name, backend, device), (error, allowed) in errors.items():
+            yield {
+                "test": name,
+                "backend": backend,
+                "device": device,
+                "dtype": str(dtype)[6:],
+                "error": error,
+                "allowed": allowed,
+                "ok": error <= allowed,
+            }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     report = environment()
     started = time.perf_counter()
-    report["self_test"] = list(self_test())
+    report["self_test"] = list(self_test(report))
     report["self_test_seconds"] = round(time.perf_counter() - started, 2)
     ok = all(row["ok"] for row in report["self_test"])
     if options.json:
@@ -128,18 +153,29 @@ def main(arguments: list[str] | None = None) -> int:
             f"CPU       {native['instruction_set']} in use, of {', '.join(native['instruction_sets_available'])} "
             f"(FUSEDOPT_CPU forces one); {openmp}; built by {native['compiler']}"
         )
+    if "cuda" in report:
+        built = report["cuda"]
+        ptx = f", PTX of {', '.join(map(str, built['ptx']))}" if built["ptx"] else ""
+        print(f"CUDA      built by nvcc {built['nvcc']} for {', '.join(f'sm_{arch}' for arch in built['archs'])}{ptx}")
     print("backends")
     for name, state in report["backends"].items():
         print(f"  {name:10} {'on' if state['on'] else 'off: ' + state['reason']}")
         if not state["on"]:
             print(f"  {'':10} remedy: {state['remedy']}")
+    if report["devices"]:
+        print("devices")
+    for device in report["devices"]:
+        capability = f", compute capability {device['compute_capability']}" if device["compute_capability"] else ""
+        kernels = ", ".join(device["backends"]) or "PyTorch's own"
+        print(f"  {device['device']:10} {device['name']}{capability}; kernels: {kernels}")
     failed = [row for row in report["self_test"] if not row["ok"]]
     print(
         f"self-test {len(report['self_test']) - len(failed)} of {len(report['self_test'])} agree with float64 as well "
         f"as stock PyTorch does ({report['self_test_seconds']} s)"
     )
     for row in failed:
-        print(f"  FAILED  {row['test']} {row['dtype']}: error {row['error']:.2e}, allowed {row['allowed']:.2e}")
+        place = f"{row['test']} {row['dtype']} on {row['device']} ({row['backend']})"
+        print(f"  FAILED  {place}: error {row['error']:.2e}, allowed {row['allowed']:.2e}")
     return 0 if ok else 1
 
 

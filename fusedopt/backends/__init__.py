@@ -1,27 +1,30 @@
 """Where kernels run. One interface, one module per backend; `available()` says which can run here, and why not.
 
-A backend offers, each optional:
+A backend has a `name` and `available()`: True, or the reason why it cannot run here, and then `remedy()` tells what
+would mend that. It offers, each optional:
 
-- `device_types`: the `torch.device.type`s whose tensors it takes;
+- `device_types`: the `torch.device.type`s whose tensors it takes; `covers(device)`: whether this very device is among
+  them, where not all of a type need be;
 - `supports(rule, param, grad, state)` and `step(table, groups)` for optimizers;
 - `cross_entropy_forward(...)` and `cross_entropy_backward(...)` for losses.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 
 import torch
 
-from fusedopt.backends import cpu, reference
-
 # Fastest first: what "auto" tries. reference takes everything.
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
-_UNBUILT = {
-    "cuda": "this version of fusedopt has no CUDA kernels; CUDA tensors run on PyTorch's own",
-    "triton": "this version of fusedopt has no Triton kernels; GPU tensors run on PyTorch's own",
-}
 NAMES = ("cpu", "cuda", "triton", "reference")
+
+
+@functools.cache
+def module(name: str) -> ModuleType:
+    """The backend of that name, imported when it is first asked for."""
+    return importlib.import_module(f"fusedopt.backends.{name}")
 
 
 class BackendUnavailableError(RuntimeError):
@@ -30,7 +33,7 @@ class BackendUnavailableError(RuntimeError):
 
 def available() -> dict[str, bool | str]:
     """Every backend: True where it can run on this machine, otherwise the reason why not."""
-    return {name: _MODULES[name].available() if name in _MODULES else _UNBUILT[name] for name in NAMES}
+    return {name: module(name).available() for name in NAMES}
 
 
 def check(name: str) -> str:
@@ -44,20 +47,26 @@ def check(name: str) -> str:
         return name
     if name not in NAMES:
         raise ValueError(f"backend={name!r} is not one of {', '.join(map(repr, ('auto', *NAMES)))}")
-    reason = available()[name]
+    reason = module(name).available()
     if reason is not True:
-        remedy = f"; to mend it: {cpu.remedy()}" if name == "cpu" else ""
-        raise BackendUnavailableError(f"backend={name!r} cannot run here: {reason}{remedy}")
+        raise BackendUnavailableError(
+            f"backend={name!r} cannot run here: {reason}; to mend it: {module(name).remedy()}"
+        )
     return name
 
 
 def select(name: str, device: torch.device) -> ModuleType:
     """The backend that serves tensors on `device`, when the user asked for `name` ("auto": the fastest there is)."""
     if name != "auto":
-        return _MODULES[name]
-    return next(m for m in _MODULES.values() if m.available() is True and takes(m, device))
+        return module(name)
+    # drivers are asked only for tensors of their own: a process that trains on the CPU leaves its GPUs alone
+    return next(m for m in map(module, NAMES) if _of_type(m, device) and m.available() is True and takes(m, device))
+
+
+def _of_type(backend: ModuleType, device: torch.device) -> bool:
+    return backend.device_types is None or device.type in backend.device_types
 
 
 def takes(backend: ModuleType, device: torch.device) -> bool:
-    """Whether `backend` runs tensors that live on `device`."""
-    return backend.device_types is None or device.type in backend.device_types
+    """Whether `backend`, which can run here, runs tensors that live on `device`."""
+    return _of_type(backend, device) and (not hasattr(backend, "covers") or backend.covers(device))
