@@ -1,11 +1,71 @@
 // The CUDA part of fusedopt._native. Nothing but argument passing.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "cuda/runtime.h"
+#include "cuda/step.h"
+#include "gather.h"
 
 namespace py = pybind11;
 
 namespace fusedopt {
+namespace {
+
+using GroupValues = std::tuple<std::vector<double>, double, uintptr_t, bool>;
+
+// The tables of one optimizer on one stream of one device, or in one captured graph, and what of them is up there.
+class CudaPlan {
+ public:
+  size_t lay_out(Table& table, int32_t device, size_t n_groups) {
+    launches_ = &plan_.lay_out(table, device);
+    device_ = device;
+    return launches_->empty() ? 0 : cuda_step_bytes(*launches_, n_groups);
+  }
+
+  int step(const std::vector<GroupValues>& values, uintptr_t memory, uintptr_t found_inf, uintptr_t grad_scale,
+           uintptr_t stream) {
+    std::vector<DeviceGroup> groups;
+    for (const auto& [hyper, grad_factor, lr, lr_is_double] : values) {
+      if (hyper.size() > size_t(kMaxHyper)) throw std::invalid_argument("too many hyperparameters");
+      DeviceGroup group{};
+      std::copy(hyper.begin(), hyper.end(), group.hyper);
+      group.grad_factor = grad_factor;
+      group.lr = reinterpret_cast<const void*>(lr);
+      group.lr_is_double = lr_is_double;
+      groups.push_back(group);
+    }
+    CudaStepArgs args{};
+    args.launches = launches_;
+    args.groups = &groups;
+    args.all_changed = memory != memory_ || groups.size() != sent_.size();
+    args.groups_changed =
+        args.all_changed || std::memcmp(groups.data(), sent_.data(), groups.size() * sizeof(DeviceGroup)) != 0;
+    args.memory = reinterpret_cast<void*>(memory);
+    args.found_inf = reinterpret_cast<const float*>(found_inf);
+    args.grad_scale = reinterpret_cast<const float*>(grad_scale);
+    args.device = device_;
+    args.stream = reinterpret_cast<void*>(stream);
+    memory_ = 0;  // if a launch fails, all goes up again
+    const int launched = cuda_step(args);
+    memory_ = memory;
+    sent_.swap(groups);
+    return launched;
+  }
+
+ private:
+  DevicePlan plan_;
+  std::vector<DeviceLaunch>* launches_ = nullptr;
+  std::vector<DeviceGroup> sent_;
+  uintptr_t memory_ = 0;
+  int32_t device_ = 0;
+};
+
+}  // namespace
 
 void bind_cuda(py::module_& m) {
   m.def(
@@ -22,6 +82,24 @@ void bind_cuda(py::module_& m) {
         return py::make_tuple(probe.driver, probe.runtime, probe.error, probe.message, devices);
       },
       "(driver version, runtime version, error name or \"\", its text, [(name, major, minor, multiprocessors)])");
+  m.def("cuda_can_step", [](int rule, const std::string& param, const std::string& grad, const std::string& state) {
+    return cuda_can_step(rule, dtype_named(param), dtype_named(grad), dtype_named(state));
+  });
+  py::class_<CudaPlan>(m, "CudaPlan", py::module_local(), "The tables of an optimizer's steps on one stream.")
+      .def(py::init<>())
+      .def(
+          "lay_out",
+          [](CudaPlan& plan, Table& table, int32_t device, size_t n_groups) {
+            try {
+              return plan.lay_out(table, device, n_groups);
+            } catch (const PythonError&) {
+              throw py::error_already_set();
+            }
+          },
+          "Lay out the active slots on a device; returns the bytes of device memory that step() needs, 0: nothing to "
+          "do")
+      .def("step", &CudaPlan::step, py::arg("groups"), py::arg("memory"), py::arg("found_inf"), py::arg("grad_scale"),
+           py::arg("stream"), "Launch what lay_out() laid out; returns the number of kernels.");
 }
 
 }  // namespace fusedopt

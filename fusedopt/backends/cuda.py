@@ -1,4 +1,7 @@
-"""The CUDA engine: kernels of the native library. It is on where the build, the driver and a device go together."""
+"""The CUDA engine: kernels of the native library. It is on where the build, the driver and a device go together.
+
+A step is a constant number of launches and never waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fusedopt.backends import cpu
 
@@ -128,6 +132,60 @@ def covers(device: torch.device) -> bool:
     return _has_code(probe().devices[index])
 
 
+@functools.cache
 def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
-    """Whether there is a kernel for a rule with these dtypes."""
-    return False
+    """Whether there are kernels for a rule with these dtypes."""
+    return cpu._native.cuda_can_step(rule, *(str(dtype).removeprefix("torch.") for dtype in (param, grad, state)))
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Tables:
+    """A plan and the device memory that it fills."""
+
+    def __init__(self) -> None:
+        self.plan = cpu._native.CudaPlan()
+        self.memory: Tensor | None = None
+
+
+class Stepper:
+    """Steps the tensors of one optimizer on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._by_stream: dict[int, _Tables] = {}
+        # A graph replays with the addresses it was captured with, whatever eager steps do in between.
+        self._captured: list[_Tables] = []
+
+    def step(
+        self,
+        table: Any,
+        groups: list[tuple[list[float], float, int, bool]],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> int:
+        """Update the table's active tensors on this device; returns the number of kernels launched.
+
+        `groups` gives each group's hyperparameters, gradient factor, and the address of a learning rate on the device
+        (or 0) and whether it is float64.
+        """
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        if capturing(self.device):
+            tables = _Tables()
+            self._captured.append(tables)
+        else:
+            tables = self._by_stream.setdefault(stream, _Tables())
+        nbytes = tables.plan.lay_out(table, self.device.index or 0, len(groups))
+        if nbytes == 0:
+            return 0
+        if tables.memory is None or tables.memory.numel() < nbytes:
+            tables.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        scalars = [
+            0 if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
+            for scalar in (found_inf, grad_scale)
+        ]
+        addresses = [scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars]
+        return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, stream)
