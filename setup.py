@@ -114,15 +114,15 @@ def write_ninja(path: Path, cxx: list[str], target: Path, openmp: list[str], wit
     libraries: list[str] = []
     nvcc: list[str] = []
     if with_cuda:
-        include = f"-isystem{with_cuda.toolkit.include}"
+        include = with_cuda.toolkit.include
         for source in CUDA_HOST_SOURCES:
-            objects[f"{Path(source).stem}.o"] = ("compile", source, [*bindings, include])
+            objects[f"{Path(source).stem}.o"] = ("compile", source, [*bindings, f"-isystem{include}"])
         kernels = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
         for source in kernels:
             objects[f"{source.stem}.cu.o"] = ("nvcc", str(source), [])
         # ninja runs the sources side by side, nvcc the architectures of one
         threads = max(1, (os.cpu_count() or 1) // max(1, len(kernels)))
-        nvcc = [str(with_cuda.toolkit.nvcc), include, *cuda.nvcc_flags(cxx, with_cuda.archs, threads)]
+        nvcc = [str(with_cuda.toolkit.nvcc), f"-I{include}", *cuda.nvcc_flags(cxx, with_cuda.archs, threads)]
         libraries = [str(with_cuda.toolkit.cudart), "-ldl", "-lrt", "-lpthread"]
 
     def escaped(text: str) -> str:

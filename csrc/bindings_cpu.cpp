@@ -251,6 +251,28 @@ PYBIND11_MODULE(_native, m) {
           },
           "One step of every active slot; returns the number of launches.");
 
+  py::class_<DevicePlan>(m, "DevicePlan", py::module_local(), "The tables of an optimizer's steps on one device.")
+      .def(py::init<>())
+      .def(
+          "lay_out",
+          [](DevicePlan& plan, Table& table, int32_t device) {
+            py::list list;
+            const auto view = [](auto& vector) {
+              return py::memoryview::from_memory(vector.data(), ssize_t(vector.size() * sizeof(vector[0])));
+            };
+            for (DeviceLaunch& launch : checked([&]() -> auto& { return plan.lay_out(table, device); })) {
+              if (launch.rows_changed) launch.map_chunks();
+              list.append(py::make_tuple(
+                  launch.rule, py::make_tuple(name_of(launch.param), name_of(launch.grad), name_of(launch.state)),
+                  view(launch.rows), view(launch.grads), view(launch.row_of_chunk),
+                  launch.rows_changed || launch.grads_changed));
+            }
+            return list;
+          },
+          "[(rule, dtypes, rows, gradients, row of each chunk, changed)] of the active slots on a device, as step.h "
+          "has "
+          "them, in memory that is this plan's until its next lay_out.");
+
   m.def("target_total", target_total);
   const auto call = [](py::object logits, py::object target, py::object weight, double weight_sum, int64_t ignore_index,
                        double label_smoothing, py::object grad, double grad_factor, py::object upstream,

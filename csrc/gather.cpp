@@ -86,12 +86,15 @@ Dtype dtype_of(const dlpack::DataType& type) {
   return type.bits == 64 ? Dtype::kF64 : type.bits == 32 ? Dtype::kF32 : type.bits == 16 ? Dtype::kF16 : Dtype::kOther;
 }
 
+const char* name_of(Dtype dtype) {
+  static constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "other"};
+  return kNames[int(dtype)];
+}
+
 Dtype dtype_named(const std::string& name) {
-  return name == "float64"    ? Dtype::kF64
-         : name == "float32"  ? Dtype::kF32
-         : name == "bfloat16" ? Dtype::kBF16
-         : name == "float16"  ? Dtype::kF16
-                              : Dtype::kOther;
+  for (Dtype dtype : {Dtype::kF64, Dtype::kF32, Dtype::kBF16, Dtype::kF16})
+    if (name == name_of(dtype)) return dtype;
+  return Dtype::kOther;
 }
 
 bool read_tensor(PyObject* object, dlpack::Tensor* out) {
@@ -402,7 +405,7 @@ std::vector<DeviceLaunch>& DevicePlan::lay_out(Table& table, int32_t device) {
   for (size_t i = 0; i < order.size(); ++i) {
     const Slot& slot = *order[i];
     if (i == 0 || launch_key(*order[i - 1]) != launch_key(slot)) {
-      launches_.push_back({slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, {}, {}, 0, true, true});
+      launches_.push_back({slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, {}, {}, 0, true, true, {}});
       slots_.emplace_back();
     }
     DeviceLaunch& launch = launches_.back();

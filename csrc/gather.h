@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "device_step.h"
 #include "dlpack.h"
 #include "step.h"
 
@@ -145,6 +146,7 @@ class DevicePlan {
 
 int64_t size_of(Dtype dtype);
 Dtype dtype_of(const dlpack::DataType& type);
+const char* name_of(Dtype dtype);
 Dtype dtype_named(const std::string& name);  // as torch prints it, without "torch."
 
 // Reads a tensor's memory; false (no Python error set) where it has none: sparse, meta, a wrapper subclass.

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../step.h"
+#include "../device_step.h"
 
 namespace fusedopt {
 

@@ -12,6 +12,9 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from fusedopt.backends import cpu
 
 if TYPE_CHECKING:
     from fusedopt.backends.triton.table import DeviceTable
@@ -33,7 +36,7 @@ _DTYPES = frozenset(
 
 
 class Launch(NamedTuple):
-    """All tensors of a step that share a rule and dtypes, laid out as csrc/step.h says.
+    """All tensors of a step that share a rule and dtypes, laid out as csrc/device_step.h says.
 
     The arrays are NumPy's, or CPU tensors; they are read during the step only.
     """
@@ -65,9 +68,14 @@ def remedy() -> str:
     return "install the Triton that belongs to your PyTorch: pip install --force-reinstall torch"
 
 
-def supports(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
-    """Whether there is a kernel for a rule, by its name, with these dtypes."""
-    return (param, grad, state) in _DTYPES and rule in rule_names()
+def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
+    """Whether there is a kernel for a rule with these dtypes."""
+    return (param, grad, state) in _DTYPES and _name_of(rule) in rule_names()
+
+
+@functools.cache
+def _name_of(rule: int) -> str:
+    return list(cpu.rules())[rule]
 
 
 @functools.cache
@@ -80,6 +88,67 @@ def rule_names() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
 def new_table(device: torch.device) -> DeviceTable:
     """An empty table of an optimizer's tensors: one per device and stream, and one for each graph capture."""
     return importlib.import_module("fusedopt.backends.triton.table").DeviceTable(device)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on the device's current stream."""
+    return device.type != "cpu" and torch.get_device_module(device).is_current_stream_capturing()
+
+
+class Stepper:
+    """Steps the tensors of one optimizer on one device; as fusedopt.backends.cuda.Stepper."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._by_stream: dict[Any, tuple[Any, DeviceTable]] = {}
+        self._captured: list[tuple[Any, DeviceTable]] = []
+
+    def step(
+        self,
+        table: Any,
+        groups: list[tuple[list[float], float, int, bool]],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> int:
+        """Update the table's active tensors on this device; returns the number of kernels launched."""
+        stream = None if self.device.type == "cpu" else torch.get_device_module(self.device).current_stream(self.device)
+        if capturing(self.device):
+            plan, sent = cpu._native.DevicePlan(), new_table(self.device)
+            self._captured.append((plan, sent))
+        else:
+            if stream not in self._by_stream:
+                self._by_stream[stream] = cpu._native.DevicePlan(), new_table(self.device)
+            plan, sent = self._by_stream[stream]
+        launches = [
+            Launch(
+                _name_of(rule),
+                *(getattr(torch, dtype) for dtype in dtypes),
+                _words(rows, torch.int64).view(-1, 8),
+                _words(grads, torch.int64),
+                _words(chunk_rows, torch.int32),
+                changed,
+            )
+            for rule, dtypes, rows, grads, chunk_rows, changed in plan.lay_out(table, self.device.index or 0)
+        ]
+        if not launches:
+            return 0
+        scalars = [
+            None if s is None else s.to(self.device, torch.float32, non_blocking=True) for s in (found_inf, grad_scale)
+        ]
+        return sent.step(launches, _group_words(groups), *scalars)
+
+
+def _words(memory: memoryview, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(memory, dtype=dtype) if memory.nbytes else torch.empty(0, dtype=dtype)
+
+
+def _group_words(groups: list[tuple[list[float], float, int, bool]]) -> Tensor:
+    """Groups as csrc/device_step.h's DeviceGroup: hyper, grad_factor, the address of lr, whether it is float64."""
+    floats = torch.tensor(
+        [[*hyper, *[0.0] * (8 - len(hyper)), factor] for hyper, factor, _, _ in groups], dtype=torch.float64
+    )
+    rest = torch.tensor([[address, is_double] for _, _, address, is_double in groups], dtype=torch.int64)
+    return torch.cat([floats.view(torch.int64), rest], dim=1)
 
 
 def _installed() -> bool:
