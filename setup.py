@@ -21,6 +21,8 @@ from build_tools import BuildFailed, native  # noqa: E402
 
 
 class NinjaBuild(build_ext):
+    """Leaves the library and, beside it, what is known of its build."""
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +31,7 @@ class NinjaBuild(build_ext):
             info |= native.build(target)
         except BuildFailed as failure:
             if "1" in (os.environ.get("FUSEDOPT_REQUIRE_NATIVE"), os.environ.get("FUSEDOPT_CUDA")):
-                raise
+                raise RuntimeError(f"{failure}. To get it: {failure.remedy}") from failure
             info = {"native": False, "reason": str(failure), "remedy": failure.remedy}
             target.unlink(missing_ok=True)
             print(

@@ -74,6 +74,8 @@ def cuda_part() -> CudaPart:
     wanted = os.environ.get("FUSEDOPT_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"FUSEDOPT_CUDA={wanted!r} is not one of auto, 0, 1")
+    if sys.platform != "linux":
+        raise BuildFailed(f"there is no CUDA for {sys.platform}", "use Linux, with an NVIDIA GPU")
     if wanted == "0":
         raise BuildFailed("FUSEDOPT_CUDA=0 was set", "reinstall fusedopt without FUSEDOPT_CUDA=0")
     toolkit = cuda.find_toolkit()
@@ -162,6 +164,11 @@ def run_ninja(folder: Path) -> None:
     raise BuildFailed(f"compilation failed: {reason or 'ninja gave no reason'}", remedy)
 
 
+def build_folder() -> Path:
+    """A folder of the checkout's own, so that a second build compiles only what changed."""
+    return ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
+
 def build(target: Path) -> dict[str, object]:
     """Make `target`; returns what there is to know of it.
 
@@ -178,8 +185,7 @@ def build(target: Path) -> dict[str, object]:
         if accepts(cxx, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }")
         else []
     )
-    # a folder of the checkout's own, so that a second build compiles only what changed
-    folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    folder = build_folder()
     folder.mkdir(parents=True, exist_ok=True)
 
     def make(with_cuda: CudaPart | None) -> None:

@@ -236,7 +236,21 @@ KERNEL = """
 #include "scale.h"
 #include "../../csrc/cuda/launch.h"
 __global__ void update(float4* x) { x[threadIdx.x] = scale(x[threadIdx.x]); }
-cudaError_t run(float4* x) { return FUSEDOPT_LAUNCH((update), 1, 32, 0, cudaStream_t{}, x); }
+template <class T, int kStep>
+__global__ void rotate(T* x) {
+  FUSEDOPT_SHARED(T, near, [32]);
+  FUSEDOPT_DYN_SHARED(T, far);
+  near[threadIdx.x] = x[threadIdx.x];
+  far[threadIdx.x] = x[threadIdx.x + 32];
+  __syncthreads();
+  x[threadIdx.x] = near[(threadIdx.x + kStep) % 32] + far[(threadIdx.x + kStep) % 32];
+}
+void run(float4* x, double* y, cudaStream_t stream) {
+  fusedopt::check(FUSEDOPT_LAUNCH((update), 1, 32, 0, stream, x), "update");
+  const cudaError_t error = FUSEDOPT_LAUNCH((rotate<double, 1>), 1, 32, 256, stream, y);
+  fusedopt::check(error, "rotate");
+  fusedopt::check(FUSEDOPT_LAUNCH_CLUSTER((rotate<float, 2>), dim3(4), dim3(32), 2, 128, stream, &x->x), "rotate");
+}
 """
 SCALE = "inline __device__ float4 scale(float4 v) { return {v.x * 2, v.y * 2, v.z * 2, v.w * 2}; }\n"
 
@@ -258,9 +272,7 @@ def project(tmp_path, monkeypatch):
 
 
 def built(source):
-    info = native.build(source / "library.so")
-    [folder] = (source / "build").iterdir()
-    return info["cuda"], folder
+    return native.build(source / "library.so")["cuda"], native.build_folder()
 
 
 def test_without_nvcc_the_rest_is_built(project, monkeypatch):
@@ -281,7 +293,8 @@ def test_with_nvcc(project, capfd):
     info, folder = built(project)
     assert info == {"built": True, "nvcc": TOOLKIT.version, "archs": (80, 90), "ptx": ()}
     kernels = resources((folder / "kernel.cu.o.log").read_text())
-    assert [(kernel.name, kernel.arch) for kernel in kernels] == [("_Z6updateP6float4", 80), ("_Z6updateP6float4", 90)]
+    names = "_Z6rotateIdLi1EEvPT_", "_Z6rotateIfLi2EEvPT_", "_Z6updateP6float4"
+    assert [(kernel.name, kernel.arch) for kernel in kernels] == [(name, arch) for name in names for arch in (80, 90)]
     assert all(0 < kernel.registers < 64 and kernel.in_memory == (0, 0, 0) for kernel in kernels)
 
     # a second build compiles nothing, a changed header what includes it
@@ -342,7 +355,8 @@ def resources(log):
 
 
 def logs():
-    found = sorted(ROOT.glob("build/native-*/*.cu.o.log"))
+    paths = [native.build_folder() / f"{source.name}.o.log" for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]
+    found = [path for path in paths if path.exists()]
     if TOOLKIT is None:
         pytest.skip(f"left out, no kernel is compiled here: {REASON}")
     if not found:
