@@ -57,6 +57,11 @@ FUSEDOPT_HD float load(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16);
 // Branch-free, so that it vectorises: the exponent is moved by a multiplication, which is exact and turns a subnormal
 // into a normal number; infinity and NaN get float's own exponent.
 FUSEDOPT_HD float load(f16 x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu);
   const uint32_t normal = (magnitude << 13) + (112u << 23);
@@ -66,6 +71,7 @@ FUSEDOPT_HD float load(f16 x) {
   uint32_t bits = magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal;
   bits = magnitude >= 0x7c00u ? special : bits;
   return bit_cast<float>(bits | sign);
+#endif
 }
 
 FUSEDOPT_HD void store(float& to, float x) { to = x; }
@@ -73,13 +79,20 @@ FUSEDOPT_HD void store(double& to, double x) { to = x; }
 
 // Round to nearest even. NaN is told apart first: the carry would turn some into infinity or zero.
 FUSEDOPT_HD void store(bf16& to, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   // an integer comparison: gcc 12 vectorises the loop with it, but not with x != x
   to.bits = uint16_t(((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded) >> 16);
+#endif
 }
 
 FUSEDOPT_HD void store(f16& to, float x) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -90,6 +103,7 @@ FUSEDOPT_HD void store(f16& to, float x) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to.bits = uint16_t(half | sign);
+#endif
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -3,14 +3,19 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "../rules.h"
+#include "fast_float.h"
 #include "launch.h"
 
 namespace fusedopt {
 namespace {
 
 using namespace FUSEDOPT_ISA;
+
+template <class P>
+using Arithmetic = std::conditional_t<sizeof(P) == 2, fast_float, Compute<P>>;
 
 // --- the tables go up in kernel arguments: asynchronous, no pinned memory, and legal while a graph is captured ---
 
@@ -83,7 +88,12 @@ struct alignas(sizeof(E) * N < 16 ? sizeof(E) * N : 16) Pack {
 
 FUSEDOPT_HD bool is_vector(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-// Streaming: a step is longer than the cache, and reads nothing twice.
+template <class E>
+using Word = std::conditional_t<sizeof(E) == 8, unsigned long long,
+                                std::conditional_t<sizeof(E) == 4, unsigned, unsigned short>>;
+
+// Vectors stream: a step is longer than the cache, and reads nothing twice. Neighbouring threads' single elements share
+// cache lines.
 template <class E, int N>
 __device__ __forceinline__ Pack<E, N> read(const E* from, bool vector) {
   Pack<E, N> pack;
@@ -94,7 +104,7 @@ __device__ __forceinline__ Pack<E, N> read(const E* from, bool vector) {
     memcpy(&pack, words, sizeof pack);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) pack.e[i] = from[i];
+    for (int i = 0; i < N; ++i) pack.e[i] = bit_cast<E>(__ldca(reinterpret_cast<const Word<E>*>(from) + i));
   }
   return pack;
 }
@@ -108,7 +118,7 @@ __device__ __forceinline__ void write(E* to, const Pack<E, N>& pack, bool vector
     for (int i = 0; i < int(sizeof pack / 16); ++i) __stcs(reinterpret_cast<uint4*>(to) + i, words[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = pack.e[i];
+    for (int i = 0; i < N; ++i) __stwb(reinterpret_cast<Word<E>*>(to) + i, bit_cast<Word<E>>(pack.e[i]));
   }
 }
 
@@ -147,7 +157,7 @@ struct Aligned {
 
 template <class Rule, class P, class G, class S, int N>
 struct Elements {
-  using T = Compute<P>;
+  using T = Arithmetic<P>;
   static constexpr int kStates = Rule::kStates;
   Pack<P, N> p;
   Pack<G, N> g;
@@ -203,9 +213,9 @@ struct AllAligned {
 // `n` vectors of kVector elements each. All loads of a turn are asked for before the first is waited for.
 template <class Rule, class P, class G, class S, class A>
 __device__ __forceinline__ void walk(const Rule& rule, const Lane<Rule::kStates, P, G, S>& lane, int n,
-                                     const A& aligned, Compute<P> grad_factor) {
+                                     const A& aligned, Arithmetic<P> grad_factor) {
   constexpr int kVector = 16 / int(sizeof(P));
-  constexpr int kTurns = sizeof(P) == 8 ? 1 : 2;
+  constexpr int kTurns = sizeof(P) == 8 || Rule::kStates == 3 ? 1 : 2;
   for (int first = int(threadIdx.x); first < n; first += kTurns * kThreads) {
     Elements<Rule, P, G, S, kVector> elements[kTurns];
 #pragma unroll
@@ -221,10 +231,10 @@ __device__ __forceinline__ void walk(const Rule& rule, const Lane<Rule::kStates,
 }
 
 template <template <class> class RuleOf, class P, class G, class S>
-__global__ __launch_bounds__(kThreads) void update(const DeviceRow* rows, const void* const* grads,
+__global__ __launch_bounds__(kThreads, 2) void update(const DeviceRow* rows, const void* const* grads,
                                                    const int32_t* row_of_chunk, int64_t chunks, const char* derived,
                                                    const float* found_inf) {
-  using T = Compute<P>;
+  using T = Arithmetic<P>;
   using Rule = RuleOf<T>;
   constexpr int kVector = 16 / int(sizeof(P));
   if (skips(found_inf)) return;
@@ -250,6 +260,7 @@ __global__ __launch_bounds__(kThreads) void update(const DeviceRow* rows, const 
     else
       walk<Rule>(told.rule, body, vectors, aligned, told.grad_factor);
 
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < head + n - tail; i += kThreads) {
       const auto one = lane.at(i < head ? i : tail + i - head);
       Elements<Rule, P, G, S, 1> element;
@@ -272,7 +283,7 @@ struct Kernels {
 
 template <template <class> class RuleOf, class P, class G, class S>
 Kernels kernels_of() {
-  return {RuleOf<float>::kName, prepare<RuleOf, Compute<P>>, update<RuleOf, P, G, S>};
+  return {RuleOf<float>::kName, prepare<RuleOf, Arithmetic<P>>, update<RuleOf, P, G, S>};
 }
 
 template <template <class> class RuleOf>
