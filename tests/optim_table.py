@@ -140,12 +140,15 @@ def values(shape: torch.Size, seed: int) -> Tensor:
     return magnitude * sign
 
 
-def make_params(dtypes: str, *, double: bool = False, same_grad: bool = False) -> list[torch.nn.Parameter]:
+def make_params(
+    dtypes: str, *, double: bool = False, same_grad: bool = False, device: str = "cpu"
+) -> list[torch.nn.Parameter]:
     """One parameter per row of SHAPES, rounded to the dtype; as plain float64 copies if `double`."""
     dtype, grad_dtype = DTYPES[dtypes]
     params = []
     for seed, shape in enumerate(SHAPES.values()):
-        data = shape.param(dtype)
+        with torch.device(device):
+            data = shape.param(dtype)
         data.copy_(values(data.shape, seed))
         param = torch.nn.Parameter(data.double().contiguous() if double else data)
         if grad_dtype != dtype and shape.fuses and not double and not same_grad:
@@ -161,7 +164,8 @@ def set_grads(params: list[torch.nn.Parameter], dtypes: str, step: int) -> None:
     """
     dtype, grad_dtype = DTYPES[dtypes]
     for seed, (param, shape) in enumerate(zip(params, SHAPES.values(), strict=True)):
-        grad = (shape.grad or shape.param)(param.grad_dtype or param.dtype)
+        with param.device:
+            grad = (shape.grad or shape.param)(param.grad_dtype or param.dtype)
         grad.copy_(values(grad.shape, 1000 * step + seed).to(grad_dtype if shape.fuses else dtype))
         param.grad = grad
 
@@ -174,7 +178,9 @@ def train(optimizer: torch.optim.Optimizer, dtypes: str, steps: int = STEPS) -> 
         set_grads(params, dtypes, step)
         optimizer.step()
         rows = [{"param": p, **optimizer.state.get(p, {})} for p in params]
-        rows = [{key: torch.as_tensor(t).detach().double().contiguous() for key, t in row.items()} for row in rows]
+        rows = [
+            {key: torch.as_tensor(t).detach().cpu().double().contiguous() for key, t in row.items()} for row in rows
+        ]
         note_peaks(peaks, rows)
     return Outcome(rows, peaks)
 
@@ -237,6 +243,39 @@ def oracle(case: Case, dtypes: str) -> Outcome:
 def stock(case: Case, dtypes: str) -> Outcome:
     """The case by stock single-tensor torch.optim in the same dtype (gradients too: it takes no others)."""
     return _stock(CASES.index(case), dtypes)
+
+
+def no_further_from_float64_than_stock(
+    ours: Outcome, case: Case, dtypes: str, roundings: int = 1, *, torchs_bits: Callable[[Shape], bool]
+) -> int:
+    """Assert it of every tensor, and of some that they have torch's very bits; returns how many were compared.
+
+    A stored value is rounded once a step, by half an ulp of at most the largest value that its tensor held; what a
+    rounded state does to the parameter is less than that again. `roundings`: where it is rounded more often.
+    """
+    exact = oracle(case, dtypes)
+    theirs = stock(case, dtypes) if case.name != "Lion" else None
+    ulps = roundings * STEPS * torch.finfo(DTYPES[dtypes][0]).eps
+    compared = 0
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        assert list(ours.tensors[i]) == list(exact.tensors[i])
+        for key, value in exact.tensors[i].items():
+            got, tolerance = ours.tensors[i][key], ulps * exact.peaks[i][key]
+            assert got.shape == value.shape
+            if value.numel() == 0:
+                continue
+            error = (got - value).abs()
+            if exact.doubtful is not None and key == "param":
+                assert error.max() <= 2 * STEPS * float(case.options["lr"]) + tolerance
+                error = error[~exact.doubtful[i]]
+                assert error.numel() > 0.8 * value.numel() or value.numel() == 1
+                error = torch.cat([error.flatten(), torch.zeros(1, dtype=torch.float64)])
+            stock_error = (theirs.tensors[i][key] - value).abs().max() if theirs else 0.0
+            assert error.max() <= stock_error + tolerance, f"{case} {dtypes} {name} {key}"
+            if theirs and torchs_bits(shape):
+                assert torch.equal(got, theirs.tensors[i][key]), f"{name} {key}: torch's own functional"
+            compared += 1
+    return compared
 
 
 def close(actual: Tensor, expected: Tensor, ulps: float = 16) -> None:

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from optim_table import CASES, DTYPES, ENGINES, SHAPES, STEPS, make_params, oracle, stock, train, use_engine
+from optim_table import (
+    CASES,
+    DTYPES,
+    ENGINES,
+    SHAPES,
+    make_params,
+    no_further_from_float64_than_stock,
+    train,
+    use_engine,
+)
 
 import fusedopt.optim
 
@@ -16,30 +25,11 @@ def test_no_further_from_float64_than_stock(case, dtypes, engine):
     # one engine with threads is enough: torch's many small parallel loops stall where other processes hold the cores
     torch.set_num_threads(2 if engine == ENGINES[-1] else 1)
     ours = train(case.fused(make_params(dtypes), backend=use_engine(engine)), dtypes)
-    exact = oracle(case, dtypes)
-    theirs = stock(case, dtypes) if case.name != "Lion" else None
-    # A stored value is rounded once a step, by half an ulp of at most the largest value that its tensor held; what a
-    # rounded state does to the parameter is less than that again. Lion by torch's operations rounds twice.
-    ulps = (2 if engine == "reference" else 1) * STEPS * torch.finfo(DTYPES[dtypes][0]).eps
-    for i, (name, shape) in enumerate(SHAPES.items()):
-        assert list(ours.tensors[i]) == list(exact.tensors[i])
-        for key, value in exact.tensors[i].items():
-            got, tolerance = ours.tensors[i][key], ulps * exact.peaks[i][key]
-            assert got.shape == value.shape
-            if value.numel() == 0:
-                continue
-            error = (got - value).abs()
-            if exact.doubtful is not None and key == "param":
-                assert error.max() <= 2 * STEPS * float(case.options["lr"]) + tolerance
-                error = error[~exact.doubtful[i]]
-                assert error.numel() > 0.8 * value.numel() or value.numel() == 1
-                error = torch.cat([error.flatten(), torch.zeros(1, dtype=torch.float64)])
-            stock_error = (theirs.tensors[i][key] - value).abs().max() if theirs else 0.0
-            assert error.max() <= stock_error + tolerance, f"{name} {key}"
-            if theirs and (engine == "reference" or not shape.fuses):
-                assert torch.equal(got, theirs.tensors[i][key]), (
-                    f"{name} {key}: torch's own functional, so torch's bits"
-                )
+    # Lion by torch's operations rounds twice
+    roundings = 2 if engine == "reference" else 1
+    no_further_from_float64_than_stock(
+        ours, case, dtypes, roundings, torchs_bits=lambda shape: engine == "reference" or not shape.fuses
+    )
 
 
 @pytest.mark.parametrize("dtypes", ["f32", "bf16"])
