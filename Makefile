@@ -2,7 +2,8 @@
 #   make train   train a language model on this machine, stock PyTorch and fusedopt side by side (about three minutes)
 #   make test    the test suite (under ten minutes on two cores)
 #   make bench   the benchmarks; then `make readme` writes their figures into the README
-#   make gpu     what a GPU machine adds to the tests; make lint   format and lint checks
+#   make gpu     what a GPU machine adds: tests, compute-sanitizer, benchmarks; make lint   format and lint checks
+# In an environment of your own, offline too: make gpu PY=python3 (or any other target)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -16,27 +17,47 @@ ifeq ($(FUSEDOPT_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)$(GPUS),)
 export FUSEDOPT_CUDA_ARCHS := 90
 endif
 
-.PHONY: train test bench gpu lint readme clean
+READY := $(VENV)/.built
+ifeq ($(origin PY),command line)
+READY := own-environment
+endif
 
-train: $(VENV)/.built
+.PHONY: own-environment train test bench gpu gpu-test gpu-sanitize gpu-bench lint readme clean
+
+train: $(READY)
 	$(PY) -m fusedopt.train --compare --overwrite $(ARGS)
 
-test: $(VENV)/.built
+test: $(READY)
 	$(PY) -m pytest $(ARGS)
 
-bench: $(VENV)/.built
+bench: $(READY)
 	$(PY) -m benchmarks all $(ARGS)
 
-gpu: $(VENV)/.built
-	$(PY) -m pytest -m cuda $(ARGS)
+gpu: gpu-test gpu-sanitize gpu-bench
 
-readme: $(VENV)/.built
+gpu-test: $(READY)
+	$(PY) -m pytest tests/gpu $(ARGS)
+
+# every allocation by itself, so that an access beyond it is one beyond the tensor
+gpu-sanitize: $(READY)
+	for tool in memcheck initcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-regex kns=fusedopt --error-exitcode 9 \
+	    $(PY) tests/gpu/sanitized.py || exit; \
+	done
+
+gpu-bench: $(READY)
+	$(PY) -m benchmarks optim --device cuda $(ARGS)
+
+readme: $(READY)
 	$(PY) -m benchmarks readme $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE))
+
+own-environment: $(NATIVE)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps -e .
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedopt needs Python 3.10 or newer; this is " + sys.version.split()[0] + " (make PYTHON=...)" or 0)'

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("--quick", action="store_true", help="few turns, nothing compiled: a look, not a figure")
         command.add_argument("--cases", default="", metavar="SUBSTR", help="only cases whose name contains SUBSTR")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases; default: cpu")
         command.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<machine>/")
         # the allocator's setting must be there before torch is: the loss cases run in a child process for each
         command.add_argument("--allocator", choices=cases_loss.ALLOCATORS, help=argparse.SUPPRESS)
@@ -47,8 +48,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.out: Path = args.out or (QUICK_RESULTS if args.quick else RESULTS) / machine.slug()
-        self.environment = machine.environment()
+        self.out: Path = args.out or (QUICK_RESULTS if args.quick else RESULTS) / machine.slug(args.device)
+        self.environment = machine.environment(args.device)
         self.measured: dict[str, list[str]] = {}  # suite -> cases
 
     def keep(self, suite: str) -> Callable[[list[dict[str, Any]]], None]:
@@ -62,17 +63,18 @@ class Run:
         return merge
 
     def run(self, suite: str) -> None:
-        if suite == "loss" and self.args.allocator is None:
+        on_cpu = self.args.device == "cpu"
+        if suite == "loss" and on_cpu and self.args.allocator is None:
             for allocator in cases_loss.ALLOCATORS:
                 self.in_child(allocator)
             return
-        cases = [case for case in report.registry(suite) if self.args.cases in case.name]
+        cases = [case for case in report.registry(suite, self.args.device) if self.args.cases in case.name]
         if self.args.allocator:
             cases = [case for case in cases if case.name.endswith(self.args.allocator)]
         columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             if suite == "install":
-                if self.args.cases in install.CASE:
+                if on_cpu and self.args.cases in install.CASE:
                     task = progress.add_task(install.CASE, total=1)
                     install.measure(self.args.quick, self.keep(suite), _teller(progress, task, install.CASE))
                 return
@@ -83,7 +85,7 @@ class Run:
 
     def in_child(self, allocator: str) -> None:
         """The loss cases of one allocator setting; the child writes to the same file, and stops with us on Ctrl-C."""
-        names = [case.name for case in report.registry("loss")]
+        names = [case.name for case in report.registry("loss", "cpu")]
         names = [name for name in names if name.endswith(allocator) and self.args.cases in name]
         if not names:
             return

@@ -32,7 +32,7 @@ Oracle = Callable[[Tensor, Tensor, dict[str, Tensor]], dict[str, Tensor]]  # p, 
 Build = Callable[[list[Tensor]], Optimizer]
 
 
-def _by_torch(cls: type[Optimizer], **options: Any) -> Oracle:
+def by_torch(cls: type[Optimizer], **options: Any) -> Oracle:
     """torch's own plain loop, in float64."""
 
     def step(p: Tensor, g: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -53,25 +53,26 @@ def _lion(p: Tensor, g: Tensor, states: dict[str, Tensor], lr: float, weight_dec
 
 
 def _indices(tensor: Tensor) -> Tensor:
-    return torch.linspace(0, tensor.numel() - 1, min(tensor.numel(), SAMPLES), dtype=torch.float64).long()
+    count = min(tensor.numel(), SAMPLES)
+    return torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64, device=tensor.device).long()
 
 
 def contender(name: str, build: Build, oracle: Oracle, initial: list[Tensor], gradients: list[Tensor]) -> Contender:
-    """An optimizer over copies of the parameters and gradients."""
+    """An optimizer over copies of the parameters; the gradients, which nobody changes, are shared."""
     params = [p.clone() for p in initial]
     for p, g in zip(params, gradients, strict=True):
-        p.grad = g.clone()
+        p.grad = g
     optimizer = build(params)
     where = [_indices(p) for p in params]
 
     def sample(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([t.detach().reshape(-1)[i].double() for t, i in zip(tensors, where, strict=True)])
+        return torch.cat([t.detach().reshape(-1)[i] for t, i in zip(tensors, where, strict=True)]).double().cpu()
 
     def states() -> dict[str, Tensor]:
         """Of the sampled elements; the step count is the same for all."""
         first = optimizer.state[params[0]]
         found = {key: sample([optimizer.state[p][key] for p in params]) for key in first if key != "step"}
-        return found | ({"step": first["step"].clone()} if "step" in first else {})
+        return found | ({"step": first["step"].to("cpu", copy=True)} if "step" in first else {})
 
     def error() -> float:
         expected = oracle(sample(params), sample([p.grad for p in params]), states())
@@ -94,25 +95,26 @@ def case(
     builds: dict[str, Build],
     *targets: Target,
     in_a_row: int = 1,
+    device: str = "cpu",
 ) -> Case:
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
     def build(quick: bool) -> list[Contender]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(shape: tuple[int, ...], scale: float) -> Tensor:
-            return torch.empty(shape).normal_(0, scale, generator=generator).to(dtype)
+            return torch.empty(shape, device=device).normal_(0, scale, generator=generator).to(dtype)
 
         initial = [normal(shape, 0.02) for shape in shapes]
         gradients = [normal(shape, 0.01) for shape in shapes]
         return [contender(label, make, oracle, initial, gradients) for label, make in builds.items()]
 
-    return Case(name, title, numel * bytes_per_parameter, LIMIT, build, targets, in_a_row)
+    return Case(name, title, numel * bytes_per_parameter, LIMIT, build, targets, in_a_row, device)
 
 
 def cases() -> list[Case]:
     f32, bf16 = torch.float32, torch.bfloat16
-    adamw = _by_torch(AdamW)
+    adamw = by_torch(AdamW)
     adamw_builds = {"torch fused": partial(AdamW, fused=True), "torch default": AdamW, "fusedopt": fused.AdamW}
     adagrad = {"torch default": Adagrad, "torch fused": partial(Adagrad, fused=True), "fusedopt": fused.Adagrad}
     sgd = {"lr": 1e-3, "momentum": 0.9}
@@ -131,12 +133,12 @@ def cases() -> list[Case]:
              over_fused(1.0), over_default(3.5), of_stream),
         case("adamw-gpt2-small-bf16", "AdamW, GPT-2 small, bf16", GPT2_SMALL, bf16, 14, adamw,
              {"torch fused": partial(AdamW, fused=True), "fusedopt": fused.AdamW}, over_fused(1.4)),
-        case("rmsprop-gpt2-small-f32", "RMSprop, GPT-2 small, f32", GPT2_SMALL, f32, 20, _by_torch(RMSprop),
+        case("rmsprop-gpt2-small-f32", "RMSprop, GPT-2 small, f32", GPT2_SMALL, f32, 20, by_torch(RMSprop),
              {"torch default": RMSprop, "fusedopt": fused.RMSprop}, over_default(3.3), of_stream),
-        case("adagrad-gpt2-small-f32", "Adagrad, GPT-2 small, f32", GPT2_SMALL, f32, 20, _by_torch(Adagrad), adagrad,
+        case("adagrad-gpt2-small-f32", "Adagrad, GPT-2 small, f32", GPT2_SMALL, f32, 20, by_torch(Adagrad), adagrad,
              over_default(3.0), of_stream),
         case("sgd-momentum-gpt2-small-f32", "SGD with momentum, GPT-2 small, f32", GPT2_SMALL, f32, 20,
-             _by_torch(SGD, **sgd), sgd_builds),
+             by_torch(SGD, **sgd), sgd_builds),
         case("lion-gpt2-small-f32", "Lion, GPT-2 small, f32", GPT2_SMALL, f32, 20, partial(_lion, **lion),
              {"fusedopt": partial(fused.Lion, **lion)}),
     ]  # fmt: skip

@@ -25,8 +25,10 @@ def cpu_model() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def slug() -> str:
-    """The folder of a machine's results: `cpu-intel-xeon-2c`."""
+def slug(device: str = "cpu") -> str:
+    """The folder of a machine's results: `cpu-intel-xeon-2c`, `gpu-nvidia-h100-80gb-hbm3`."""
+    if device == "cuda":
+        return "-".join(["gpu", *re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())])
     model = re.sub(r"\((r|tm|c)\)|\b(cpu|processor)\b|@.*", " ", cpu_model().lower())
     words = re.findall(r"[a-z0-9]+", model)
     return "-".join(["cpu", *words, f"{os.cpu_count()}c"])
@@ -52,7 +54,13 @@ def commit() -> str:
         return "unknown"
 
 
-def environment() -> dict[str, str | int]:
+def gpu() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+
+
+def environment(device: str = "cpu") -> dict[str, str | int]:
     """Part of every row, so that rows of several runs may lie in one file."""
     return {
         "machine": cpu_model(),
@@ -63,5 +71,6 @@ def environment() -> dict[str, str | int]:
         "fusedopt": __version__,
         "python": platform.python_version(),
         "commit": commit(),
+        **(gpu() if device == "cuda" else {}),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }

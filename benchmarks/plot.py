@@ -11,9 +11,11 @@ from .runner import STREAM
 COLOURS = {
     "fusedopt": "#0072B2",
     "fusedopt inplace": "#56B4E9",
+    "fusedopt triton": "#56B4E9",
     "torch fused": "#E69F00",
     "torch compiled": "#E69F00",
     "torch default": "#D55E00",
+    "torch foreach": "#D55E00",
     "torch eager": "#D55E00",
     STREAM: "#BBBBBB",
 }
@@ -55,6 +57,6 @@ def draw(folder: Path) -> None:
         ax.tick_params(labelsize=9)
         ax.spines[["top", "right"]].set_visible(False)
     any_row = next(row for suite in rows.values() for row in suite)
-    machine = f"{any_row['machine']}, {any_row['threads']} threads, torch {any_row['torch']}"
+    machine = f"{report.where(any_row)}, torch {any_row['torch']}"
     fig.suptitle(f"Median time, ms, and the middle 60 %; less is better. {machine}", fontsize=11)
     fig.savefig(folder / "summary.png")

@@ -27,6 +27,7 @@ class Target:
     ours: str
     against: str
     ratio: float
+    figure: str = "median_ms"  # or "host_ms", on a GPU: until the call returns
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Case:
     build: Callable[[bool], list[Contender]]  # quick ->; stock first: its error is every row's `stock_error`
     targets: tuple[Target, ...] = ()
     in_a_row: int = 1  # runs per turn, each timed: more than one where a working set that stays cached is the point
+    device: str = "cpu"  # on "cuda" a turn's runs are queued, waited for, and timed together
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,12 @@ def relative_error(result: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
     return error / torch.finfo(dtype).eps if math.isfinite(error) else math.inf
 
 
-def stream(nbytes: int) -> Contender:
-    """The ceiling: read and write every byte of a float32 array, in place."""
-    x = torch.ones(max(1, nbytes // 8))
+def stream(nbytes: int, device: str) -> Contender:
+    """The ceiling: read and write every byte of a float32 array, in place; on a GPU, a copy from one to another."""
+    x = torch.ones(max(1, nbytes // 8), device=device)
+    if device == "cuda":
+        y = torch.empty_like(x)
+        return Contender(STREAM, lambda: y.copy_(x), lambda: 0.0 if torch.equal(x[:1024], y[:1024]) else math.inf)
     factor = -1.0
 
     def error() -> float:
@@ -101,9 +106,10 @@ def measure(
     """Measure a case and hand its rows to `keep`; after Ctrl-C too, if a few turns were complete, and then raise it."""
     budget = Budget.of(quick)
     tell("building")
-    contenders = [*case.build(quick), stream(case.bytes)]
+    contenders = [*case.build(quick), stream(case.bytes, case.device)]
     errors = {}
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    host: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -113,14 +119,15 @@ def measure(
                 contender.prepare()
                 contender.run()
             errors[contender.name] = contender.error()
-        _take_turns(contenders, case.in_a_row, budget, times, tell)
+        take_turns = _take_turns_on_gpu if case.device == "cuda" else _take_turns
+        take_turns(contenders, case.in_a_row, budget, times, host, tell)
         for contender in contenders:  # whoever drifted while it was timed is found out here
             errors[contender.name] = max(errors[contender.name], contender.error())
     finally:
         if collecting:
             gc.enable()
         if all(times.values()):
-            keep(_rows(case, contenders, times, errors))
+            keep(_rows(case, contenders, times, host, errors))
 
 
 def _take_turns(
@@ -128,6 +135,7 @@ def _take_turns(
     in_a_row: int,
     budget: Budget,
     times: dict[str, list[float]],
+    host: dict[str, list[float]],
     tell: Callable[[str], None],
 ) -> None:
     spent, turn = 0.0, 0
@@ -145,8 +153,40 @@ def _take_turns(
         turn += 1
 
 
+def _take_turns_on_gpu(
+    contenders: list[Contender],
+    in_a_row: int,
+    budget: Budget,
+    times: dict[str, list[float]],
+    host: dict[str, list[float]],
+    tell: Callable[[str], None],
+) -> None:
+    """As many runs as a queue holds without filling up: `times` is the longer of host and device, `host` the host's."""
+    spent, turn = 0.0, 0
+    while turn < budget.least or (spent < budget.seconds and turn < budget.most):
+        tell(f"turn {turn + 1}")
+        for i in range(len(contenders)):
+            contender = contenders[(turn + i) % len(contenders)]
+            contender.prepare()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(in_a_row):
+                contender.run()
+            returned = time.perf_counter() - start
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            host[contender.name].append(returned / in_a_row)
+            times[contender.name].append(seconds / in_a_row)
+            spent += seconds
+        turn += 1
+
+
 def _rows(
-    case: Case, contenders: list[Contender], times: dict[str, list[float]], errors: dict[str, float]
+    case: Case,
+    contenders: list[Contender],
+    times: dict[str, list[float]],
+    host: dict[str, list[float]],
+    errors: dict[str, float],
 ) -> list[dict[str, Any]]:
     ceiling = float(np.median(times[STREAM]))
     rows = []
@@ -169,6 +209,9 @@ def _rows(
                 "stock_error": _json_number(errors[contenders[0].name]),
                 "error_limit": case.limit,
                 "verdict": "ok" if error <= case.limit else "wrong",
+                **(
+                    {"host_ms": round(float(np.median(host[contender.name])) * 1e3, 4)} if case.device == "cuda" else {}
+                ),
             }
         )
     return rows

@@ -10,7 +10,7 @@ import torch
 from torch.optim import AdamW
 
 from benchmarks import __main__ as command
-from benchmarks import cases_loss, cases_optim, machine, report, runner, store
+from benchmarks import cases_loss, cases_optim, cases_optim_gpu, machine, report, runner, store
 from fusedopt import optim as fused
 
 KEYS = {
@@ -64,7 +64,7 @@ def measured(case: runner.Case) -> dict[str, dict]:
 )
 def test_a_wrong_optimizer_is_marked(cls, wrong):
     builds = {"torch default": AdamW, "fusedopt": fused.AdamW, "mistaken": partial(cls, **wrong)}
-    oracle = cases_optim._by_torch(AdamW)
+    oracle = cases_optim.by_torch(AdamW)
     rows = measured(cases_optim.case("tiny", "", [(40, 7), (1,), (300,)], torch.float32, 28, oracle, builds))
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     assert verdicts == {"torch default": "ok", "fusedopt": "ok", "stream": "ok", "mistaken": "wrong"}
@@ -121,6 +121,40 @@ def test_what_was_measured_survives_an_interruption():
     with pytest.raises(KeyboardInterrupt):
         runner.measure(case, quick=True, keep=rows.extend)
     assert [row["contender"] for row in rows] == ["one", "stream"]
+
+
+def test_gpu_cases_on_the_cpu_at_a_smaller_size(monkeypatch):
+    """The cases themselves: names, oracles, targets. What they measure here is nothing."""
+    monkeypatch.setattr(cases_optim_gpu, "BILLION", [(33, 7), (5,)])
+    monkeypatch.setattr(cases_optim_gpu, "GPT2_SMALL", [(33, 7), (5,)])
+    monkeypatch.setattr(cases_optim_gpu, "LLAMA_7B_SHARD", [(33, 7), (5,)])
+    monkeypatch.setattr(cases_optim_gpu, "IN_A_ROW", 1)
+    monkeypatch.setattr(cases_optim_gpu, "_ours", lambda cls: {"fusedopt": cls, "fusedopt triton": cls})
+    cases = cases_optim_gpu.cases()
+    assert len({case.name for case in cases}) == len(cases) == 9
+    for case in cases:
+        on_cpu = partial(cases_optim_gpu.case, device="cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(cases_optim_gpu, "case", lambda *args, on_cpu=on_cpu, **kw: on_cpu(*args))
+            twin = next(c for c in cases_optim_gpu.cases() if c.name == case.name)
+        rows = measured(twin)
+        assert {row["verdict"] for row in rows.values()} == {"ok"}
+        assert {name for target in case.targets for name in (target.ours, target.against)} <= set(rows)
+
+
+def test_host_time_is_told_where_it_is_claimed():
+    rows = {
+        name: {"contender": name, "median_ms": 4.0, "host_ms": host, "verdict": "ok"}
+        for name, host in (("torch fused", 3.0), ("fusedopt", 0.25), ("stream", 0.01))
+    }
+    targets = (runner.Target("fusedopt", "torch fused", 10.0, "host_ms"),)
+    case = runner.Case("x", "Title", 1, 1.0, lambda quick: [], targets, device="cuda")
+    plain, host = report.comparisons(case, rows)
+    assert plain == ["Title", "torch fused", "fusedopt", "4.00 ms", "4.00 ms", "1.00x", ""]
+    assert host == [
+        *("Title, host time", "torch fused", "fusedopt", "3.00 ms", "0.250 ms", "12.00x"),
+        "10x: reached",
+    ]
 
 
 def test_new_rows_replace_those_of_their_case(tmp_path):
