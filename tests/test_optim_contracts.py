@@ -11,6 +11,7 @@ import pytest
 import torch
 from optim_table import ENGINES, ONE_EACH, WITH_LION, Case, close, same_state, use_engine
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fusedopt.optim
 from fusedopt.backends import BackendUnavailableError
@@ -395,6 +396,41 @@ def test_sparse_gradients_refused_as_stock(name):
         messages.append(str(error.value))
         assert_same_bits(own(optimizer)[0].detach(), before)
     assert messages[0] == messages[1]
+
+
+@each_with_lion
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+def test_released_memory_is_refused(case, what):
+    """Torch's functional writes to address 0 here."""
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    optimizer = case.fused(params)
+    for turn in range(2):
+        for p in params:
+            p.grad = torch.ones(5)
+        if turn:
+            before = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+            released = params[1].data if what == "parameter" else params[1].grad
+            kept = released.clone()
+            released.untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match=rf"{what}.* of shape \(5,\) has no memory: its storage was resized"):
+                optimizer.step()
+            released.untyped_storage().resize_(kept.nbytes)
+            released.copy_(kept)
+            after = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+            assert all(map(torch.equal, before, after))
+        optimizer.step()
+
+
+def test_fake_tensors_go_to_torch():
+    """As those who estimate a model's memory step it."""
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(5))
+        param.grad = torch.ones(5)
+        optimizer = fusedopt.optim.AdamW([param])
+        optimizer.step()
+        optimizer.step()
+        assert optimizer.state[param]["exp_avg"].shape == (5,)
+    assert optimizer.backend_report()[0].backend == "reference"
 
 
 def test_meta_parameters():

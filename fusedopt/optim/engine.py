@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.optimizer import _get_scalar_dtype
 
 from fusedopt import backends
@@ -175,6 +176,7 @@ class FusedStep:
     def _admit(self, slot: int, param: Tensor, group: dict[str, Any], rule: int) -> list[Tensor]:
         """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
         grad = param.grad
+        _check_memory(param, grad)
         backend = self._check_fusable(param, grad, group)
         known = bool(self.state.get(param))
         if not known and backend is not cpu and backend.capturing(param.device):
@@ -346,6 +348,21 @@ class FusedStep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+
+
+def _check_memory(param: Tensor, grad: Tensor) -> None:
+    """Raise where torch's kernels would write to address 0, or do half of an update before they notice."""
+    for tensor, what in ((param, "a parameter"), (grad, "the gradient of a parameter")):
+        if type(tensor) in (Tensor, Parameter) and tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{what} of shape {tuple(param.shape)} has no memory: its storage was resized to 0 bytes (FSDP does so "
+                "outside of forward and backward); give it back before step()"
+            )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} is on device {param.device}, its gradient on {grad.device}: "
+            "was .data moved after backward()?"
+        )
 
 
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -364,6 +364,17 @@ def test_a_parameter_on_the_cpu_among_them():
     torch.testing.assert_close(params[0].detach().cpu(), params[1].detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_a_gradient_on_another_device_is_an_error(backend):
+    params = random_params([(30,), (20,)])
+    ours = ADAMW.fused(params, backend=backend)
+    ours.step()
+    before = [p.detach().clone() for p in params]
+    params[1].data = params[1].data.cpu()
+    with pytest.raises(RuntimeError, match="device"):
+        ours.step()
+    assert torch.equal(params[0], before[0])
+
+
 def test_mended_by_the_next_step_after_memory_moved(backend):
     """`.data` swapped, state replaced, a group added: nothing of the old addresses is written."""
     params = random_params([(300,), (20,)])
