@@ -12,7 +12,14 @@ import pytest
 from build_tools import BuildFailed, cuda
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["csrc/gather.cpp", "csrc/bindings_cpu.cpp", "csrc/bindings_cuda.cpp", "csrc/cuda/runtime.cpp"]
+SOURCES = [
+    "csrc/gather.cpp",
+    "csrc/launches.cpp",
+    "csrc/tensor.cpp",
+    "csrc/bindings_cpu.cpp",
+    "csrc/bindings_cuda.cpp",
+    "csrc/cuda/runtime.cpp",
+]
 CPU = ["csrc/cpu/step.cpp", "csrc/cpu/cross_entropy.cpp"]
 
 

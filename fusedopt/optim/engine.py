@@ -353,7 +353,8 @@ class FusedStep:
 def _check_memory(param: Tensor, grad: Tensor) -> None:
     """Raise where torch's kernels would write to address 0, or do half of an update before they notice."""
     for tensor, what in ((param, "a parameter"), (grad, "the gradient of a parameter")):
-        if type(tensor) in (Tensor, Parameter) and tensor.numel() and not tensor.untyped_storage().nbytes():
+        plain = type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided
+        if plain and tensor.numel() and not tensor.untyped_storage().nbytes():
             raise RuntimeError(
                 f"{what} of shape {tuple(param.shape)} has no memory: its storage was resized to 0 bytes (FSDP does so "
                 "outside of forward and backward); give it back before step()"
