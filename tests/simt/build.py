@@ -51,7 +51,7 @@ HOST = {
     "csrc/cpu/step.cpp": ["-DFUSEDOPT_ISA=baseline"],
     "csrc/cpu/cross_entropy.cpp": ["-DFUSEDOPT_ISA=baseline"],
 }
-HARNESS = ["fiber.cpp", "runtime.cpp", "scheduler.cpp"]
+HARNESS = ["collectives.cpp", "errors.cpp", "fiber.cpp", "memory.cpp", "runtime.cpp", "scheduler.cpp"]
 
 
 def _runtime(kind: str) -> str:

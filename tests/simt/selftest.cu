@@ -45,9 +45,10 @@ void expect(const char* what, T found, U wanted) {
               std::to_string(double(wanted)));
 }
 #define EXPECT(found, wanted) expect(#found, found, wanted)
-#define RUN(kernel, grid, block, ...) check(FUSEDOPT_LAUNCH(kernel, grid, block, 0, nullptr, __VA_ARGS__), #kernel)
+#define RUN(kernel, grid, block, ...) \
+  check(FUSEDOPT_LAUNCH(kernel, grid, block, 0, nullptr __VA_OPT__(, ) __VA_ARGS__), #kernel)
 #define RUN_CLUSTER(kernel, grid, block, cluster, ...) \
-  check(FUSEDOPT_LAUNCH_CLUSTER(kernel, grid, block, cluster, 0, nullptr, __VA_ARGS__), #kernel)
+  check(FUSEDOPT_LAUNCH_CLUSTER(kernel, grid, block, cluster, 0, nullptr __VA_OPT__(, ) __VA_ARGS__), #kernel)
 
 // --- what must come out right ---
 
@@ -377,6 +378,15 @@ void injections() {
     EXPECT(cudaSetDevice(device), turn == 1 ? cudaErrorInvalidDevice : cudaSuccess);
   }
   EXPECT(cudaGetLastError(), cudaErrorInvalidDevice);
+
+  fusedopt_simt::fail_launch(1, cudaErrorLaunchFailure);
+  try {
+    RUN(nothing, 1, 1);
+    throw Wrong("nothing was thrown");
+  } catch (const fusedopt::CudaError& error) {
+    if (std::strcmp(error.what(), "nothing: cudaErrorLaunchFailure: simulated")) throw Wrong(error.what());
+    EXPECT(cudaGetLastError(), cudaSuccess);
+  }
 
   fusedopt_simt::set_noop(true);
   EXPECT(FUSEDOPT_LAUNCH(traps, 1, 64, 0, nullptr, 33), cudaSuccess);
