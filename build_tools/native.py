@@ -153,7 +153,9 @@ def run_ninja(folder: Path, *targets: str) -> None:
         import ninja as package
 
         ninja = str(Path(package.BIN_DIR) / "ninja")
-    run = subprocess.run([ninja, "-C", str(folder), *targets], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.run(
+        [ninja, "-C", str(folder), *targets], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     print(run.stdout, end="")
     if run.returncode == 0:
         return

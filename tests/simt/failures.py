@@ -1,4 +1,4 @@
-"""What a step leaves when a launch or a runtime call in it fails: `failures.py LIBRARY` makes each of them fail once."""
+"""What a step leaves when a launch or a call in it fails: `failures.py LIBRARY` lets each of them fail once."""
 
 import re
 

@@ -1,5 +1,5 @@
 // Kernels that show what the harness computes and what it finds: `selftest CASE ORDER` prints "ok", or what was found.
-// tests/test_simt.py knows the defects' lines by the comments "defect: CASE".
+// tests/test_simt.py knows the defects' lines by the comments "defect: CASES".
 #include <cooperative_groups.h>
 
 #include <cmath>
@@ -100,7 +100,7 @@ __global__ void sum_cluster(const float* from, float* sums) {
   if (threadIdx.x == 0) {
     float all = 0.0f;
     for (unsigned b = 0; b < cluster.num_blocks(); ++b)
-      all += *cluster.map_shared_rank(part, b);  // defect: cluster_start
+      all += *cluster.map_shared_rank(part, b);  // defect: cluster_start cluster_end
     sums[blockIdx.x] = all;
   }
   if (kLast) cluster.sync();
@@ -233,6 +233,22 @@ __global__ void no_syncwarp(float* to) {
 }
 void missing_syncwarp() { RUN(no_syncwarp, 1, 32, Array<float>(32)); }
 
+__global__ void leave_before_read(float* to) {
+  FUSEDOPT_SHARED(float, x, [1]);
+  const auto cluster = cg::this_cluster();
+  if (threadIdx.x == 0) x[0] = 1.0f;
+  const float* const first = cluster.map_shared_rank(x, 0);
+  cluster.sync();
+  if (cluster.block_rank() == 0) return;
+  __syncthreads();
+  to[threadIdx.x] = *first;  // defect: cluster_late
+}
+void cluster_late() {
+  Array<float> to(32);
+  RUN_CLUSTER(leave_before_read, 2, 32, 2, to);
+  for (int i = 0; i < 32; ++i) EXPECT(to[i], 1);
+}
+
 __global__ void copy_past_the_end(const float* from, float* to) {
   to[threadIdx.x] = from[threadIdx.x + 1];  // defect: global_overrun
 }
@@ -244,7 +260,7 @@ __global__ void past_shared(float* to) {
   x[threadIdx.x] = y[threadIdx.x] = 1.0f;
   float* const which = to[0] == 0.0f ? &x[0] : y;
   __syncthreads();
-  which[threadIdx.x + 1] = 2.0f;  // defect: shared_overrun
+  which[threadIdx.x + 1] = 2.0f;  // defect: shared_overrun dynamic_overrun
 }
 void shared_overrun() { check(FUSEDOPT_LAUNCH(past_shared, 1, 32, 32 * 4, nullptr, Array<float>(1)), "past_shared"); }
 void dynamic_overrun() {
@@ -419,6 +435,7 @@ const std::map<std::string, std::function<void()>> cases = {
     CASE(not_in_mask),
     CASE(trap),
     CASE(divergent_cluster),
+    CASE(cluster_late),
     CASE(too_much_shared),
     {"cluster", cluster_reduction<true, true>},
     {"cluster_start", cluster_reduction<false, true>},
