@@ -2,6 +2,7 @@
 #   make train   train a language model on this machine, stock PyTorch and fusedopt side by side (about three minutes)
 #   make test    the test suite (under ten minutes on two cores)
 #   make bench   the benchmarks; then `make readme` writes their figures into the README
+#   make simt    the CUDA sources on the CPU, under sanitizers, which make test leaves out
 #   make gpu     what a GPU machine adds: tests, compute-sanitizer, benchmarks; make lint   format and lint checks
 # In an environment of your own, offline too: make gpu PY=python3 (or any other target)
 PYTHON ?= python3
@@ -22,7 +23,7 @@ ifeq ($(origin PY),command line)
 READY := own-environment
 endif
 
-.PHONY: own-environment train test bench gpu gpu-test gpu-sanitize gpu-bench lint readme clean
+.PHONY: own-environment train test bench simt gpu gpu-test gpu-sanitize gpu-bench lint readme clean
 
 train: $(READY)
 	$(PY) -m fusedopt.train --compare --overwrite $(ARGS)
@@ -32,6 +33,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks all $(ARGS)
+
+simt: $(READY)
+	$(PY) -m pytest -m sanitizer $(ARGS)
 
 gpu: gpu-test gpu-sanitize gpu-bench
 

@@ -147,13 +147,15 @@ def write_ninja(path: Path, cxx: list[str], target: Path, openmp: list[str], wit
     path.write_text("\n".join(lines))
 
 
-def run_ninja(folder: Path) -> None:
+def run_ninja(folder: Path, *targets: str) -> None:
     ninja = shutil.which("ninja")
     if ninja is None:
         import ninja as package
 
         ninja = str(Path(package.BIN_DIR) / "ninja")
-    run = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.run(
+        [ninja, "-C", str(folder), *targets], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     print(run.stdout, end="")
     if run.returncode == 0:
         return

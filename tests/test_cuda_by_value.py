@@ -1,74 +1,41 @@
 """The CUDA sources themselves, run on the CPU: g++ compiles step.cu against tests/simt, the engine steps through it."""
 
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
+from simt import build
 
-from build_tools import BuildFailed, cuda
-
-ROOT = Path(__file__).parent.parent
-SOURCES = [
-    "csrc/gather.cpp",
-    "csrc/launches.cpp",
-    "csrc/tensor.cpp",
-    "csrc/bindings_cpu.cpp",
-    "csrc/bindings_cuda.cpp",
-    "csrc/cuda/runtime.cpp",
-]
-CPU = ["csrc/cpu/step.cpp", "csrc/cpu/cross_entropy.cpp"]
+sanitizer = pytest.mark.sanitizer
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    try:
-        include = cuda.find_toolkit().include
-    except BuildFailed as reason:
-        pytest.skip(f"needs CUDA's headers: {reason}")
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("simt")
-    common = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-fno-strict-aliasing",
-        "-Wno-unknown-pragmas",
-    ]
-    common += [
-        "-Wno-unknown-pragmas",
-        "-DFUSEDOPT_SIMT",
-        "-DFUSEDOPT_CUDA",
-        f"-I{ROOT / 'tests/simt/include'}",
-        "-isystem",
-        str(include),
-    ]
-    common += ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-    # a vector access to an odd address then stops the process, as it would stop a GPU
-    checked = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
-    jobs = [(source, []) for source in [*SOURCES, "tests/simt/harness/sequential.cpp"]]
-    jobs += [(source, ["-DFUSEDOPT_ISA=baseline"]) for source in CPU]
-    jobs += [("csrc/cpu/dispatch.cpp", ["-DFUSEDOPT_ISAS(X)=X(baseline)"])]
-    jobs += [("csrc/cuda/step.cu", ["-DFUSEDOPT_ISA=cuda", *checked, "-x", "c++"])]
-    objects = []
-    for i, (source, flags) in enumerate(jobs):
-        objects.append(str(folder / f"{i}.o"))
-        subprocess.run([*common, *flags, "-c", str(ROOT / source), "-o", objects[-1]], check=True)
-    path = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *objects, "-lubsan", "-o", str(path)], check=True)
-    return path
+def run(kind, script, *arguments, order="forward"):
+    if reason := build.missing(kind):
+        pytest.skip(f"left out, the CUDA sources were not run on the CPU ({kind}): {reason}")
+    command = [sys.executable, build.ROOT / "tests/simt" / script, build.build(kind, "_native.so"), *arguments]
+    done = build.run(kind, command, FUSEDOPT_SIMT_ORDER=order)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @pytest.mark.timeout(900)
-def test_no_further_from_float64_than_stock(library):
-    script = ROOT / "tests/simt/optimizers.py"
-    run = subprocess.run([sys.executable, script, library], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r"(\d+) tensors agree", run.stdout)[1]) > 6000
+@pytest.mark.parametrize(
+    ("kind", "order", "table", "tensors"),
+    [
+        ("plain", "forward", "full", 6000),
+        ("plain", "reverse", "few", 200),
+        ("plain", "seed:1", "few", 200),
+        ("plain", "seed:2", "few", 200),
+        pytest.param("asan", "seed:3", "few", 200, marks=sanitizer),
+        pytest.param("tsan", "seed:3", "few", 200, marks=sanitizer),
+    ],
+)
+def test_no_further_from_float64_than_stock(kind, order, table, tensors):
+    text = run(kind, "optimizers.py", table, order=order)
+    assert int(re.search(r"(\d+) tensors agree", text)[1]) > tensors
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=sanitizer)])
+def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
+    assert "every failure is told" in run(kind, "failures.py")

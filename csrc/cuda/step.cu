@@ -402,13 +402,15 @@ class Step {
     const DeviceRow* rows = at<DeviceRow>(part.rows);
     char* derived = at<char>(part.derived);
     const std::string rule = kernels.rule;
-    count(FUSEDOPT_LAUNCH(kernels.prepare, dim3(unsigned(std::min<int64_t>((n + 63) / 64, 4096))), dim3(64), 0, stream_,
-                          rows, n, at<DeviceGroup>(0), args_.found_inf, args_.grad_scale, derived),
-          "prepare<" + rule + ">");
-    if (l.chunks == 0) return;
+    const std::string partly = stepped_ ? ", after other tensors were stepped: reload a checkpoint" : "";
     int resident = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernels.update, kThreads, 0),
-          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+          ("cudaOccupancyMaxActiveBlocksPerMultiprocessor" + partly).c_str());
+    count(FUSEDOPT_LAUNCH(kernels.prepare, dim3(unsigned(std::min<int64_t>((n + 63) / 64, 4096))), dim3(64), 0, stream_,
+                          rows, n, at<DeviceGroup>(0), args_.found_inf, args_.grad_scale, derived),
+          "prepare<" + rule + ">" + partly);
+    stepped_ = true;
+    if (l.chunks == 0) return;
     const int64_t grid = std::min<int64_t>(l.chunks, int64_t(resident) * multiprocessors_);
     count(FUSEDOPT_LAUNCH(kernels.update, dim3(unsigned(grid)), dim3(kThreads), 0, stream_, rows,
                           at<const void*>(part.grads), at<int32_t>(part.row_of_chunk), l.chunks, derived,
@@ -419,6 +421,7 @@ class Step {
   const CudaStepArgs& args_;
   cudaStream_t stream_;
   int previous_ = 0, multiprocessors_ = 0, launched_ = 0;
+  bool stepped_ = false;  // some tensors, or their counters alone
 };
 
 }  // namespace

@@ -87,7 +87,8 @@ SIMT_REDUCE(__reduce_xor_sync, a ^ b)
 #define SIMT_SHUFFLE(name, K, expression)                                                \
   template <class T>                                                                     \
   T name(unsigned mask, T value, K k, int width = 32, SIMT_HERE) {                       \
-    const unsigned l = fusedopt_simt::lane(), first = l & ~unsigned(width - 1), end = first + unsigned(width) - 1; \
+    const unsigned l = fusedopt_simt::lane(), first = l & ~unsigned(width - 1);          \
+    [[maybe_unused]] const unsigned end = first + unsigned(width) - 1;                   \
     return fusedopt_simt::shuffle({#name, file, line}, mask, value, expression);         \
   }
 SIMT_SHUFFLE(__shfl_sync, int, first + (unsigned(k) & (end - first)))

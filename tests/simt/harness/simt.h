@@ -3,11 +3,12 @@
 //   g++ -std=c++17 -DFUSEDOPT_SIMT -fno-strict-aliasing -Wno-unknown-pragmas -I tests/simt/include
 //       -isystem CUDA/include -x c++ kernels.cu
 //
-// What the kernels owe it, all harmless under nvcc: launches and shared memory by csrc/cuda/launch.h's macros, whose other
-// half stands here; inline PTX with a host body beside it; __attribute__((noinline)), not __noinline__.
+// What the kernels owe it, all harmless under nvcc: launches and shared memory by csrc/cuda/launch.h's macros, whose
+// other half stands here; inline PTX with a host body beside it; __attribute__((noinline)), not __noinline__.
 //
-// sequential.cpp is the only scheduler so far: the threads of a grid run one after another, each to its end. So a kernel
-// that waits for another thread (a barrier, a shuffle, a vote) cannot run yet: it stops the process.
+// scheduler.cpp runs the threads in turns, in forward, reverse or seeded random order; it finds divergent barriers,
+// deadlocks, and masks that do not fit. Shared memory is a heap block of the exact size, all NaN at first, so that ASAN
+// sees overruns. Races between blocks, and a missing __threadfence, are hardly found; one block cannot spin on another.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,13 +20,13 @@
 
 #define FUSEDOPT_LAUNCH(kernel, grid, block, smem, stream, ...) \
   FUSEDOPT_LAUNCH_CLUSTER(kernel, grid, block, 1, smem, stream __VA_OPT__(, ) __VA_ARGS__)
-#define FUSEDOPT_LAUNCH_CLUSTER(kernel, grid, block, cluster, smem, stream, ...)         \
+#define FUSEDOPT_LAUNCH_CLUSTER(kernel, grid, block, cluster, smem, stream, ...)                        \
   ::fusedopt_simt::launch(::fusedopt_simt::Launch{#kernel, grid, block, cluster, size_t(smem), stream}, \
                           kernel __VA_OPT__(, ) __VA_ARGS__)
 // The address of the static names the variable: one per instantiation, as __shared__ has it.
-#define FUSEDOPT_SHARED(T, name, ...)           \
-  typedef T simt_type_##name __VA_ARGS__;       \
-  static const char simt_key_##name = 0;        \
+#define FUSEDOPT_SHARED(T, name, ...)                       \
+  typedef T simt_type_##name __VA_ARGS__;                   \
+  static const char simt_key_##name = 0;                    \
   simt_type_##name& name = *static_cast<simt_type_##name*>( \
       ::fusedopt_simt::shared(&simt_key_##name, sizeof(simt_type_##name), alignof(simt_type_##name)))
 #define FUSEDOPT_DYN_SHARED(T, name) T* const name = static_cast<T*>(::fusedopt_simt::shared(nullptr, 0, 16))
@@ -57,7 +58,7 @@ void set_noop(bool on) SIMT_CONTROL("set_noop");              // launches are ch
 // The n-th launch (runtime call of that name; null: any) from now on, 1 the next, returns `error` and does nothing.
 void fail_launch(int n, cudaError_t error) SIMT_CONTROL("fail_launch");
 void fail_call(const char* name, int n, cudaError_t error) SIMT_CONTROL("fail_call");
-size_t launch_count() SIMT_CONTROL("launch_count");              // accepted launches since reset()
+size_t launch_count() SIMT_CONTROL("launch_count");                   // accepted launches since reset()
 const Launch* launch_record(size_t i) SIMT_CONTROL("launch_record");  // null beyond the count, or the first 4096
 void reset() SIMT_CONTROL("reset");  // count and log to zero, no failure pending, no-op mode off; the order stays
 
@@ -68,8 +69,10 @@ struct Where {
 };
 using Fold = uint64_t (*)(uint64_t, uint64_t);
 
-bool admit(const Launch& launch, const void* kernel, cudaError_t* error);  // false: do not run, the macro returns *error
-void run_grid(const Launch& launch, void (*body)(void*), void* data);
+bool admit(const Launch& launch, const void* kernel,
+           cudaError_t* error);                                        // false: do not run, the macro returns *error
+void run_grid(const Launch& launch, void (*body)(void*), void* data);  // throws Error
+extern size_t smem_limit;  // of the kernel that was admitted last, static and dynamic
 
 void* shared(const void* key, size_t bytes, size_t alignment);
 void* map_shared(Where where, const void* address, unsigned rank);
@@ -89,7 +92,8 @@ void fence();
 
 template <class... P, class... A>
 cudaError_t launch(const Launch& config, void (*kernel)(P...), A&&... args) {
-  static_assert(((std::is_trivially_copyable_v<P> && !std::is_reference_v<P>)&&...), "kernel arguments are copied as bytes");
+  static_assert(((std::is_trivially_copyable_v<P> && !std::is_reference_v<P>) && ...),
+                "kernel arguments are copied as bytes");
   static_assert((sizeof(P) + ... + 0) <= 32764, "a launch takes at most 32,764 bytes of arguments");
   cudaError_t error = cudaSuccess;
   if (!admit(config, reinterpret_cast<const void*>(kernel), &error)) return error;
