@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/cross_entropy.h"
 #include "cuda/runtime.h"
 #include "cuda/step.h"
 #include "gather.h"
@@ -65,9 +66,83 @@ class CudaPlan {
   int32_t device_ = 0;
 };
 
+// A tensor's memory on the device; null for None.
+template <class T>
+T* memory_of(py::handle object) {
+  if (object.is_none()) return nullptr;
+  dlpack::Tensor t{};
+  if (!read_tensor(object.ptr(), &t)) throw std::invalid_argument("a tensor has no memory that can be read");
+  return static_cast<T*>(t.data);
+}
+
+// Fields that Python sets: tensors for pointers, numbers for numbers.
+template <class T>
+void bind_field(py::class_<CudaCrossEntropyArgs>& cls, const char* name, T* CudaCrossEntropyArgs::* field) {
+  cls.def_property(name, nullptr,
+                   [field](CudaCrossEntropyArgs& args, py::handle tensor) { args.*field = memory_of<T>(tensor); });
+}
+template <class T>
+void bind_field(py::class_<CudaCrossEntropyArgs>& cls, const char* name, T CudaCrossEntropyArgs::* field) {
+  cls.def_property(name, nullptr, [field](CudaCrossEntropyArgs& args, T value) { args.*field = value; });
+}
+
+void bind_cross_entropy(py::module_& m) {
+  py::class_<CudaCrossEntropyArgs> args(m, "CudaCrossEntropyArgs", py::module_local(),
+                                        "See csrc/cuda/cross_entropy.h.");
+  args.def(py::init([] { return CudaCrossEntropyArgs{}; }));
+  args.def_property("dtype", nullptr,
+                    [](CudaCrossEntropyArgs& a, const std::string& name) { a.dtype = dtype_named(name); });
+#define FUSEDOPT_FIELD(name) bind_field(args, #name, &CudaCrossEntropyArgs::name);
+  FUSEDOPT_FIELD(logits)
+  FUSEDOPT_FIELD(rows)
+  FUSEDOPT_FIELD(classes)
+  FUSEDOPT_FIELD(logits_stride)
+  FUSEDOPT_FIELD(target)
+  FUSEDOPT_FIELD(probabilities)
+  FUSEDOPT_FIELD(probabilities_stride)
+  FUSEDOPT_FIELD(weight)
+  FUSEDOPT_FIELD(ignore_index)
+  FUSEDOPT_FIELD(label_smoothing)
+  FUSEDOPT_FIELD(z_loss)
+  FUSEDOPT_FIELD(logit_scale)
+  FUSEDOPT_FIELD(softcap)
+  FUSEDOPT_FIELD(grad)
+  FUSEDOPT_FIELD(grad_stride)
+  FUSEDOPT_FIELD(grad_factor)
+  FUSEDOPT_FIELD(upstream)
+  FUSEDOPT_FIELD(loss)
+  FUSEDOPT_FIELD(lse)
+  FUSEDOPT_FIELD(argmax)
+  FUSEDOPT_FIELD(correct)
+  FUSEDOPT_FIELD(entropy)
+#undef FUSEDOPT_FIELD
+  m.def("cuda_cross_entropy", [](const CudaCrossEntropyArgs& a, bool forward, int device, uintptr_t stream) {
+    cuda_cross_entropy(a, forward ? CudaPass::kForward : CudaPass::kBackward, device, reinterpret_cast<void*>(stream));
+  });
+  m.attr("CUDA_PARTIALS") = kPartials;
+  m.def("cuda_target_factor",
+        [](py::handle target, int64_t rows, py::handle weight, int64_t classes, int64_t ignore_index, bool mean,
+           py::handle partial, py::handle factor, py::handle bad, int device, uintptr_t stream) {
+          cuda_target_factor(memory_of<const int64_t>(target), rows, memory_of<const float>(weight), classes,
+                             ignore_index, mean, memory_of<double>(partial), memory_of<float>(factor),
+                             memory_of<BadTarget>(bad), device, reinterpret_cast<void*>(stream));
+        });
+  m.def("cuda_total_loss", [](py::handle losses, int64_t rows, py::handle factor, py::handle partial, py::handle loss,
+                              int device, uintptr_t stream) {
+    cuda_total_loss(memory_of<const float>(losses), rows, memory_of<const float>(factor), memory_of<double>(partial),
+                    memory_of<float>(loss), device, reinterpret_cast<void*>(stream));
+  });
+  m.def("cuda_scale", [](py::handle tensor, const std::string& dtype, int64_t numel, py::handle factor, int device,
+                         uintptr_t stream) {
+    cuda_scale(memory_of<void>(tensor), dtype_named(dtype), numel, memory_of<const float>(factor), device,
+               reinterpret_cast<void*>(stream));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  bind_cross_entropy(m);
   m.def(
       "cuda_probe",
       [] {

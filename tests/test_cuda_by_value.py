@@ -36,6 +36,22 @@ def test_no_further_from_float64_than_stock(kind, order, table, tensors):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "order", "table", "losses"),
+    [
+        ("plain", "forward", "full", 250),
+        ("plain", "reverse", "few", 200),
+        ("plain", "seed:1", "full", 250),
+        pytest.param("asan", "seed:3", "full", 250, marks=sanitizer),
+        pytest.param("tsan", "seed:3", "few", 200, marks=sanitizer),
+    ],
+)
+def test_cross_entropy_as_in_float64(kind, order, table, losses):
+    text = run(kind, "cross_entropy.py", table, order=order)
+    assert int(re.search(r"(\d+) losses agree", text)[1]) > losses
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=sanitizer)])
 def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
     assert "every failure is told" in run(kind, "failures.py")

@@ -232,8 +232,8 @@ __device__ __forceinline__ void walk(const Rule& rule, const Lane<Rule::kStates,
 
 template <template <class> class RuleOf, class P, class G, class S>
 __global__ __launch_bounds__(kThreads, 2) void update(const DeviceRow* rows, const void* const* grads,
-                                                   const int32_t* row_of_chunk, int64_t chunks, const char* derived,
-                                                   const float* found_inf) {
+                                                      const int32_t* row_of_chunk, int64_t chunks, const char* derived,
+                                                      const float* found_inf) {
   using T = Arithmetic<P>;
   using Rule = RuleOf<T>;
   constexpr int kVector = 16 / int(sizeof(P));

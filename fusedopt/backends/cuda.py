@@ -138,6 +138,10 @@ def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtyp
     return cpu._native.cuda_can_step(rule, *(str(dtype).removeprefix("torch.") for dtype in (param, grad, state)))
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -172,7 +176,7 @@ class Stepper:
         `groups` gives each group's hyperparameters, gradient factor, and the address of a learning rate on the device
         (or 0) and whether it is float64.
         """
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        stream = _stream(self.device)
         if capturing(self.device):
             tables = _Tables()
             self._captured.append(tables)
@@ -189,3 +193,109 @@ class Stepper:
         ]
         addresses = [scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars]
         return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, stream)
+
+
+# --- cross entropy: nothing here waits for the device ---
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _bad_target() -> Tensor:
+    """Where kernels report a target out of range: state (2: written), row, value. Memory that every device sees."""
+    return torch.zeros(3, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+
+
+def raise_bad_target() -> None:
+    """Raise for a target out of range that an earlier loss met; its loss was NaN.
+
+    Raises:
+        IndexError: as the CPU does at once; here when the device has come to it.
+    """
+    report = _bad_target()
+    if report[0] == 2:
+        row, value = report[1:].tolist()
+        report.zero_()
+        raise IndexError(f"Target {value} is out of bounds. (row {row} of an earlier loss on a GPU, which became NaN)")
+
+
+def target_factor(target: Tensor, rule: Any, classes: int, mean: bool) -> Tensor:
+    """What the sum of row losses is multiplied by, () float32: 1, or the reciprocal of the mean's denominator."""
+    raise_bad_target()
+    device = target.device
+    factor = torch.empty((), dtype=torch.float32, device=device)
+    partial = torch.empty(cpu._native.CUDA_PARTIALS, dtype=torch.float64, device=device)
+    indices = None if target.dim() > 1 else target
+    cpu._native.cuda_target_factor(
+        *(indices, target.shape[0], rule.weight, classes, rule.ignore_index, mean, partial, factor),
+        *(_bad_target(), device.index or 0, _stream(device)),
+    )
+    return factor
+
+
+def total_loss(rows: Tensor, factor: Tensor) -> Tensor:
+    """() float32: `factor` times the sum of `rows` (N,) float32, in an order that depends on N alone."""
+    device = rows.device
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    partial = torch.empty(cpu._native.CUDA_PARTIALS, dtype=torch.float64, device=device)
+    cpu._native.cuda_total_loss(rows, rows.shape[0], factor, partial, loss, device.index or 0, _stream(device))
+    return loss
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a contiguous tensor by a () float32 on its device, in place; where that is 1, nothing moves."""
+    device = tensor.device
+    cpu._native.cuda_scale(tensor, _name(tensor.dtype), tensor.numel(), factor, device.index or 0, _stream(device))
+    return tensor
+
+
+def _cross_entropy_args(logits: Tensor, target: Tensor, rule: Any, grad: Tensor | None, factor: Tensor) -> Any:
+    args = cpu._native.CudaCrossEntropyArgs()
+    args.dtype = _name(logits.dtype)
+    args.logits, args.logits_stride = logits, logits.stride(0)
+    args.rows, args.classes = logits.shape
+    if target.dim() == 1:
+        args.target = target
+    else:
+        args.probabilities, args.probabilities_stride = target, target.stride(0)
+    args.weight, args.ignore_index, args.label_smoothing = rule.weight, rule.ignore_index, rule.label_smoothing
+    args.z_loss, args.logit_scale, args.softcap = rule.z_loss, rule.logit_scale, rule.softcap or 0.0
+    if grad is not None:
+        args.grad, args.grad_stride = grad, grad.stride(0)
+    args.grad_factor = factor
+    return args
+
+
+def cross_entropy_forward(
+    logits: Tensor,  # (N, V) float32, bfloat16 or float16, class stride 1
+    target: Tensor,  # (N,) int64, or (N, V) probabilities of the logits' dtype, class stride 1
+    rule: Any,  # fusedopt.nn.cross_entropy.Rule; its weight (V,) float32
+    grad: Tensor | None,  # (N, V), written if given; may be the logits themselves
+    factor: Tensor,  # () float32, multiplies the gradient
+    rows: Tensor,  # (N,) float32, written: the losses
+    lse: Tensor,  # (N,) float32, written
+    stats: Any = None,  # fusedopt.nn.cross_entropy.Stats of N elements each, written if given; its lse is `lse`
+) -> None:
+    """Row losses and log-sum-exps, with `grad` the gradient and with `stats` the statistics; one launch."""
+    args = _cross_entropy_args(logits, target, rule, grad, factor)
+    args.loss, args.lse = rows, lse
+    if stats is not None:
+        args.argmax, args.correct, args.entropy = stats.argmax, stats.correct, stats.entropy
+    cpu._native.cuda_cross_entropy(args, True, logits.device.index or 0, _stream(logits.device))
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    target: Tensor,
+    rule: Any,
+    grad: Tensor,
+    factor: Tensor,
+    upstream: Tensor | None,  # (N,) float32
+    lse: Tensor,
+) -> None:
+    """The gradient from the saved log-sum-exps, times `factor` and each row's `upstream`, rounded once; one launch."""
+    args = _cross_entropy_args(logits, target, rule, grad, factor)
+    args.upstream, args.lse = upstream, lse
+    cpu._native.cuda_cross_entropy(args, False, logits.device.index or 0, _stream(logits.device))
