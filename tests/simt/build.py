@@ -54,9 +54,9 @@ HOST = {
 HARNESS = ["collectives.cpp", "errors.cpp", "fiber.cpp", "memory.cpp", "runtime.cpp", "scheduler.cpp"]
 
 
-def _runtime(kind: str) -> str:
-    """Where g++ has the sanitizer's runtime; its bare name where it has none."""
-    command = ["g++", f"-print-file-name={KINDS[kind].runtime}"]
+def _file(name: str) -> str:
+    """Where g++ has a library; its bare name where it has none."""
+    command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -73,7 +73,7 @@ def missing(kind: str) -> str:
         return f"needs CUDA's headers: {reason}"
     if importlib.util.find_spec("pybind11") is None:
         return "needs pybind11"
-    if not os.path.isabs(_runtime(kind)):
+    if not os.path.isabs(_file(KINDS[kind].runtime)):
         return f"needs {KINDS[kind].runtime}, the runtime of g++'s sanitizer"
     return ""
 
@@ -137,12 +137,12 @@ def run(kind: str, command: list[str | Path], **environment: str) -> subprocess.
     env = {
         **os.environ,
         **environment,
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # an error leaves its fibers' strings behind
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": "detect_leaks=0",  # an error leaves its fibers' strings behind
         "TSAN_OPTIONS": "halt_on_error=1",
     }
     if kind != "plain" and Path(command[0]).name.startswith("python"):
-        env["LD_PRELOAD"] = _runtime(kind)
+        # ASAN looks for __cxa_throw when it starts, and Python itself links no libstdc++
+        env["LD_PRELOAD"] = f"{_file(KINDS[kind].runtime)} {_file('libstdc++.so.6')}"
     prefix = _fixed_addresses() if kind == "tsan" else []
     return subprocess.run(
         [*prefix, *map(str, command)], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
