@@ -40,7 +40,8 @@ readme: $(VENV)/.built
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE)) \
+		$(wildcard tests/simt/*.cu tests/simt/harness/* tests/simt/include/*)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedopt needs Python 3.10 or newer; this is " + sys.version.split()[0] + " (make PYTHON=...)" or 0)'

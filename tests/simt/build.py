@@ -43,13 +43,12 @@ KINDS = {
 }
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 HOST = {
-    "csrc/gather.cpp": [],
-    "csrc/bindings_cpu.cpp": [],
-    "csrc/bindings_cuda.cpp": [],
-    "csrc/cuda/runtime.cpp": [],
-    "csrc/cpu/dispatch.cpp": ["-DFUSEDOPT_ISAS(X)=X(baseline)"],
-    "csrc/cpu/step.cpp": ["-DFUSEDOPT_ISA=baseline"],
-    "csrc/cpu/cross_entropy.cpp": ["-DFUSEDOPT_ISA=baseline"],
+    source: define
+    for define, sources in (
+        ("-DFUSEDOPT_ISAS(X)=X(baseline)", [*native.SOURCES, native.BINDINGS, *native.CUDA_HOST_SOURCES]),
+        ("-DFUSEDOPT_ISA=baseline", native.ISA_SOURCES),
+    )
+    for source in sources
 }
 HARNESS = ["collectives.cpp", "errors.cpp", "fiber.cpp", "memory.cpp", "runtime.cpp", "scheduler.cpp"]
 
@@ -71,8 +70,9 @@ def missing(kind: str) -> str:
         cuda.find_toolkit()
     except BuildFailed as reason:
         return f"needs CUDA's headers: {reason}"
-    if importlib.util.find_spec("pybind11") is None:
-        return "needs pybind11"
+    for package in ("pybind11", "ninja"):
+        if importlib.util.find_spec(package) is None and not shutil.which(package):
+            return f"needs {package}"
     if not os.path.isabs(_file(KINDS[kind].runtime)):
         return f"needs {KINDS[kind].runtime}, the runtime of g++'s sanitizer"
     return ""
@@ -101,7 +101,7 @@ def _write_ninja() -> None:
     def linked(name: str, objects: list[str], flags: list[str]) -> None:
         lines.extend([f"build {name}: link {' '.join(objects)}", f"  flags = {shlex.join(flags)}"])
 
-    host = [compiled(f"{source}.o", source, ["-O1", *flags]) for source, flags in HOST.items()]
+    host = [compiled(f"{source}.o", source, ["-O1", define]) for source, define in HOST.items()]
     for kind, (flags, _, define) in KINDS.items():
         kernel = [*flags, "-x", "c++"]
         told = ["-O2", "-Wall", "-Wextra", *([define] if define else [])]
