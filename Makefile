@@ -58,7 +58,8 @@ readme: $(READY)
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE)) \
+		$(wildcard tests/simt/*.cu tests/simt/harness/* tests/simt/include/*)
 
 own-environment: $(NATIVE)
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps -e .

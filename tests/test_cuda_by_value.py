@@ -13,9 +13,7 @@ def run(kind, script, *arguments, order="forward"):
     if reason := build.missing(kind):
         pytest.skip(f"left out, the CUDA sources were not run on the CPU ({kind}): {reason}")
     command = [sys.executable, build.ROOT / "tests/simt" / script, build.build(kind, "_native.so"), *arguments]
-    done = build.run(kind, command, FUSEDOPT_SIMT_ORDER=order)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return build.run(kind, command, FUSEDOPT_SIMT_ORDER=order)
 
 
 @pytest.mark.timeout(900)
@@ -31,8 +29,9 @@ def run(kind, script, *arguments, order="forward"):
     ],
 )
 def test_no_further_from_float64_than_stock(kind, order, table, tensors):
-    text = run(kind, "optimizers.py", table, order=order)
-    assert int(re.search(r"(\d+) tensors agree", text)[1]) > tensors
+    done = run(kind, "optimizers.py", table, order=order)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) tensors agree", done.stdout)[1]) > tensors
 
 
 @pytest.mark.timeout(900)
@@ -54,4 +53,11 @@ def test_cross_entropy_as_in_float64(kind, order, table, losses):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=sanitizer)])
 def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
-    assert "every failure is told" in run(kind, "failures.py")
+    done = run(kind, "failures.py")
+    assert (done.returncode, done.stdout) == (0, "every failure is told\n")
+
+
+def test_what_the_simulated_gpu_finds_is_raised():
+    done = run("plain", "optimizers.py", "few", order="sideways")
+    assert done.returncode == 1
+    assert "RuntimeError: FUSEDOPT_SIMT_ORDER=sideways is not forward, reverse or seed:N" in done.stdout

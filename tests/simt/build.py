@@ -43,22 +43,19 @@ KINDS = {
 }
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 HOST = {
-    "csrc/gather.cpp": [],
-    "csrc/launches.cpp": [],
-    "csrc/tensor.cpp": [],
-    "csrc/bindings_cpu.cpp": [],
-    "csrc/bindings_cuda.cpp": [],
-    "csrc/cuda/runtime.cpp": [],
-    "csrc/cpu/dispatch.cpp": ["-DFUSEDOPT_ISAS(X)=X(baseline)"],
-    "csrc/cpu/step.cpp": ["-DFUSEDOPT_ISA=baseline"],
-    "csrc/cpu/cross_entropy.cpp": ["-DFUSEDOPT_ISA=baseline"],
+    source: define
+    for define, sources in (
+        ("-DFUSEDOPT_ISAS(X)=X(baseline)", [*native.SOURCES, native.BINDINGS, *native.CUDA_HOST_SOURCES]),
+        ("-DFUSEDOPT_ISA=baseline", native.ISA_SOURCES),
+    )
+    for source in sources
 }
 HARNESS = ["collectives.cpp", "errors.cpp", "fiber.cpp", "memory.cpp", "runtime.cpp", "scheduler.cpp"]
 
 
-def _runtime(kind: str) -> str:
-    """Where g++ has the sanitizer's runtime; its bare name where it has none."""
-    command = ["g++", f"-print-file-name={KINDS[kind].runtime}"]
+def _file(name: str) -> str:
+    """Where g++ has a library; its bare name where it has none."""
+    command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -73,9 +70,10 @@ def missing(kind: str) -> str:
         cuda.find_toolkit()
     except BuildFailed as reason:
         return f"needs CUDA's headers: {reason}"
-    if importlib.util.find_spec("pybind11") is None:
-        return "needs pybind11"
-    if not os.path.isabs(_runtime(kind)):
+    for package in ("pybind11", "ninja"):
+        if importlib.util.find_spec(package) is None and not shutil.which(package):
+            return f"needs {package}"
+    if not os.path.isabs(_file(KINDS[kind].runtime)):
         return f"needs {KINDS[kind].runtime}, the runtime of g++'s sanitizer"
     return ""
 
@@ -103,7 +101,7 @@ def _write_ninja() -> None:
     def linked(name: str, objects: list[str], flags: list[str]) -> None:
         lines.extend([f"build {name}: link {' '.join(objects)}", f"  flags = {shlex.join(flags)}"])
 
-    host = [compiled(f"{source}.o", source, ["-O1", *flags]) for source, flags in HOST.items()]
+    host = [compiled(f"{source}.o", source, ["-O1", define]) for source, define in HOST.items()]
     for kind, (flags, _, define) in KINDS.items():
         kernel = [*flags, "-x", "c++"]
         told = ["-O2", "-Wall", "-Wextra", *([define] if define else [])]
@@ -139,12 +137,12 @@ def run(kind: str, command: list[str | Path], **environment: str) -> subprocess.
     env = {
         **os.environ,
         **environment,
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # an error leaves its fibers' strings behind
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": "detect_leaks=0",  # an error leaves its fibers' strings behind
         "TSAN_OPTIONS": "halt_on_error=1",
     }
     if kind != "plain" and Path(command[0]).name.startswith("python"):
-        env["LD_PRELOAD"] = _runtime(kind)
+        # ASAN looks for __cxa_throw when it starts, and Python itself links no libstdc++
+        env["LD_PRELOAD"] = f"{_file(KINDS[kind].runtime)} {_file('libstdc++.so.6')}"
     prefix = _fixed_addresses() if kind == "tsan" else []
     return subprocess.run(
         [*prefix, *map(str, command)], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

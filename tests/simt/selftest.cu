@@ -326,7 +326,7 @@ __global__ void no_cluster_barrier() {
 void divergent_cluster() { RUN_CLUSTER(no_cluster_barrier, 2, 32, 2); }
 
 __global__ void much_shared() {
-  FUSEDOPT_SHARED(char, some, [2048]);
+  FUSEDOPT_SHARED(char, some, [2048]);  // defect: too_much_shared
   some[threadIdx.x] = 0;
 }
 void too_much_shared() { check(FUSEDOPT_LAUNCH(much_shared, 1, 32, 47 * 1024, nullptr), "much_shared"); }

@@ -9,14 +9,14 @@
 namespace fusedopt_simt {
 
 // A block's variable, made when the first thread of any block comes to its declaration.
-static char* variable(Block& block, const void* key, size_t bytes, size_t alignment) {
+static char* variable(Where where, Block& block, const void* key, size_t bytes, size_t alignment) {
   size_t total = running->smem + (key ? bytes : 0);
   for (const Allocation& a : block.shared) {
     if (a.key == key) return a.data;
     if (a.key) total += a.bytes;
   }
   if (total > smem_limit)
-    stop(*current, {"shared memory", running->kernel, 0}, "more than " + std::to_string(smem_limit) + " bytes in all");
+    stop(*current, where, "more than " + std::to_string(smem_limit) + " bytes of shared memory in all");
   void* data = nullptr;
   const IgnoreWrites ours;
   if (posix_memalign(&data, std::max(alignment, sizeof(void*)), bytes)) throw std::bad_alloc();
@@ -41,8 +41,8 @@ void free_shared(Block& block) {
   block.shared.clear();
 }
 
-void* shared(const void* key, size_t bytes, size_t alignment) {
-  return variable(*current->block, key, key ? bytes : running->smem, alignment);
+void* shared(Where where, const void* key, size_t bytes, size_t alignment) {
+  return variable(where, *current->block, key, key ? bytes : running->smem, alignment);
 }
 
 void* map_shared(Where where, const void* address, unsigned rank) {
@@ -51,7 +51,7 @@ void* map_shared(Where where, const void* address, unsigned rank) {
   if (!other.live) fail(where, "that block of the cluster has exited");
   for (const Allocation& a : current->block->shared) {
     const ptrdiff_t offset = static_cast<const char*>(address) - a.data;
-    if (offset >= 0 && size_t(offset) < a.bytes) return variable(other, a.key, a.bytes, a.alignment) + offset;
+    if (offset >= 0 && size_t(offset) < a.bytes) return variable(where, other, a.key, a.bytes, a.alignment) + offset;
   }
   fail(where, "the address is not in this block's shared memory");
 }

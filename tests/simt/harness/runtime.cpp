@@ -173,11 +173,11 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 
-#define SIMT_ERRORS(X)                                                                                   \
-  X(Success)                                                                                             \
-  X(ErrorInvalidValue)                                                                                   \
-  X(ErrorMemoryAllocation) X(ErrorInvalidConfiguration) X(ErrorInvalidDevice) X(ErrorInvalidClusterSize) \
-      X(ErrorLaunchOutOfResources) X(ErrorLaunchFailure) X(ErrorNoKernelImageForDevice)
+// clang-format off
+#define SIMT_ERRORS(X)                                                                                        \
+  X(Success) X(ErrorInvalidValue) X(ErrorMemoryAllocation) X(ErrorInvalidConfiguration) X(ErrorInvalidDevice) \
+  X(ErrorInvalidClusterSize) X(ErrorLaunchOutOfResources) X(ErrorLaunchFailure) X(ErrorNoKernelImageForDevice)
+// clang-format on
 const char* cudaGetErrorName(cudaError_t error) {
 #define SIMT_NAME(name) \
   if (error == cuda##name) return "cuda" #name;

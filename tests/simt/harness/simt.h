@@ -24,12 +24,13 @@
   ::fusedopt_simt::launch(::fusedopt_simt::Launch{#kernel, grid, block, cluster, size_t(smem), stream}, \
                           kernel __VA_OPT__(, ) __VA_ARGS__)
 // The address of the static names the variable: one per instantiation, as __shared__ has it.
-#define FUSEDOPT_SHARED(T, name, ...)                       \
-  typedef T simt_type_##name __VA_ARGS__;                   \
-  static const char simt_key_##name = 0;                    \
-  simt_type_##name& name = *static_cast<simt_type_##name*>( \
-      ::fusedopt_simt::shared(&simt_key_##name, sizeof(simt_type_##name), alignof(simt_type_##name)))
-#define FUSEDOPT_DYN_SHARED(T, name) T* const name = static_cast<T*>(::fusedopt_simt::shared(nullptr, 0, 16))
+#define FUSEDOPT_SHARED(T, name, ...)                                               \
+  typedef T simt_type_##name __VA_ARGS__;                                           \
+  static const char simt_key_##name = 0;                                            \
+  simt_type_##name& name = *static_cast<simt_type_##name*>(::fusedopt_simt::shared( \
+      {"shared " #name, __FILE__, __LINE__}, &simt_key_##name, sizeof(simt_type_##name), alignof(simt_type_##name)))
+#define FUSEDOPT_DYN_SHARED(T, name) \
+  T* const name = static_cast<T*>(::fusedopt_simt::shared({"shared " #name, __FILE__, __LINE__}, nullptr, 0, 16))
 
 // The caller's place, as the last arguments of whatever waits.
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -69,12 +70,12 @@ struct Where {
 };
 using Fold = uint64_t (*)(uint64_t, uint64_t);
 
-bool admit(const Launch& launch, const void* kernel,
-           cudaError_t* error);                                        // false: do not run, the macro returns *error
+// False: it is not to run, and the macro returns *error.
+bool admit(const Launch& launch, const void* kernel, cudaError_t* error);
 void run_grid(const Launch& launch, void (*body)(void*), void* data);  // throws Error
 extern size_t smem_limit;  // of the kernel that was admitted last, static and dynamic
 
-void* shared(const void* key, size_t bytes, size_t alignment);
+void* shared(Where where, const void* key, size_t bytes, size_t alignment);  // no key: the launch's dynamic memory
 void* map_shared(Where where, const void* address, unsigned rank);
 unsigned cluster_rank();
 dim3 cluster_dim();
