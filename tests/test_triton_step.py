@@ -54,6 +54,14 @@ if INTERPRETED:
         return interpreter.TensorHandle(data, dst_type.scalar)
 
     interpreter.InterpreterBuilder.cast_impl = _exact_cast
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_for_numpy(tensor, scope):
+        _patch_tensor(tensor, scope)
+        # NumPy 2.4 makes no number of an array of one, as Triton 3.6 asks
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_tensor_for_numpy
     # It also looks through the whole language again at every call of a function: 60 % of the time.
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 

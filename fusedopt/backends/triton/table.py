@@ -24,16 +24,19 @@ _DTYPE = {
 class Tuning(NamedTuple):
     """How `update` is launched: by width of the parameter's dtype, never by a tensor's size."""
 
-    block: int  # elements: 16 bytes of each array per thread
-    programs: tuple[int, ...]  # resident per multiprocessor, by number of states: as many as registers allow
+    block: int  # elements
+    programs: tuple[int, ...]  # resident per multiprocessor, by number of states
 
 
-# Every byte moves once and nothing is reused, so all that counts is loads in flight: 16 bytes per thread and array, and
-# all the programs that fit. More elements per thread would take more registers than they add bytes in flight. A
-# persistent program that found no room would start when others end, so the counts must fit 65536 registers (a test).
-TUNING = {8: Tuning(256, (12, 7, 6, 5)), 4: Tuning(512, (16, 10, 9, 8)), 2: Tuning(1024, (16, 8, 7, 5))}
-WARPS = 4
-ROWS = 128  # of a program of `prepare`
+# Every byte moves once and none is used again, so loads in flight are all that counts: 16 bytes per thread and array,
+# and all the programs that find registers. (More elements per thread take more registers than they bring bytes.) One
+# that found none would start when the others end: a test compares the counts with the registers of the kernels.
+THREADS = 128
+TUNING = {
+    8: Tuning(2 * THREADS, (12, 7, 5, 5)),
+    4: Tuning(4 * THREADS, (16, 9, 8, 7)),
+    2: Tuning(8 * THREADS, (10, 7, 5, 4)),
+}
 
 _START = 2  # words: the first two hold "no inf found" and "gradients are not scaled", for steps without GradScaler
 
@@ -119,17 +122,16 @@ class DeviceTable:
         rule, tuning = RULES[launch.rule], TUNING[launch.param.itemsize]
         scratch = scratch.view(torch.float64 if launch.param == torch.float64 else torch.float32)
         n_rows, n_chunks = len(launch.rows), len(launch.chunk_rows)
-        # what follows must not depend on the Triton release: 3.10 contracts no more unless asked, and C++ does
-        options = {"num_warps": WARPS, "enable_fp_fusion": True}
+        options = _options(self._device)
         if n_rows:
             self._prepares.append(
                 functools.partial(
-                    kernels.prepare[(-(-n_rows // ROWS),)],
+                    kernels.prepare[(-(-n_rows // THREADS),)],
                     *(rows, groups, scratch, n_rows),
                     DERIVE=rule.derive,
                     HYPER=len(rule.hyper),
                     SCALARS=rule.scalars,
-                    BLOCK=ROWS,
+                    BLOCK=THREADS,
                     **options,
                 )
             )
@@ -173,3 +175,16 @@ def _multiprocessors(device: torch.device) -> int:
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)
     return properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count
+
+
+@functools.cache
+def _options(device: torch.device) -> dict[str, Any]:
+    """Of the compiler, for both kernels."""
+    # contraction as in C++; Triton 3.10 changes its default
+    options = {"num_warps": THREADS // 32, "enable_fp_fusion": True}
+    if device.type == "cuda" and torch.version.hip is None:
+        # never reached; but without a limit ptxas spills a register now and then to fit one more program
+        options["maxnreg"] = 128
+    elif device.type == "cuda":
+        options["num_warps"] = THREADS // torch.cuda.get_device_properties(device).warp_size
+    return options
