@@ -2,6 +2,7 @@
 #   make train   train a language model on this machine, stock PyTorch and fusedopt side by side (about three minutes)
 #   make test    the test suite (under ten minutes on two cores)
 #   make bench   the benchmarks; then `make readme` writes their figures into the README
+#   make triton  every Triton kernel compiled for every kind of GPU, none needed; make test compiles a selection
 #   make gpu     what a GPU machine adds to the tests; make lint   format and lint checks
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ ifeq ($(FUSEDOPT_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)$(GPUS),)
 export FUSEDOPT_CUDA_ARCHS := 90
 endif
 
-.PHONY: train test bench gpu lint readme clean
+.PHONY: train test bench triton gpu lint readme clean
 
 train: $(VENV)/.built
 	$(PY) -m fusedopt.train --compare --overwrite $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(PY) -m benchmarks all $(ARGS)
+
+triton: $(VENV)/.built
+	$(PY) -m pytest -m slow_compile $(ARGS)
 
 gpu: $(VENV)/.built
 	$(PY) -m pytest -m cuda $(ARGS)
