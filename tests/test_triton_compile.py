@@ -14,10 +14,10 @@ from fusedopt.backends import triton as backend
 
 pytest.importorskip("triton", reason="Triton's kernels are compiled where Triton is installed: pip install triton")
 
-from triton_elsewhere import TARGETS, Code, compiled, forget, pretend  # noqa: E402
+from triton_elsewhere import TARGETS, Code, compiled, forget, pretend
 
-from fusedopt.backends.triton import kernels, table  # noqa: E402
-from fusedopt.backends.triton.rules import RULES  # noqa: E402
+from fusedopt.backends.triton import kernels, table
+from fusedopt.backends.triton.rules import RULES
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
