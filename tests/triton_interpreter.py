@@ -44,6 +44,11 @@ def _exact_cast(self, src, dst_type):
     return interpreter.TensorHandle(data, dst_type.scalar)
 
 
+def _splat(self, ret_ty, arg):
+    # a comparison of scalars is a bool; its own says the type of what was compared
+    return interpreter.TensorHandle(np.full(ret_ty.shape, arg.data.reshape(-1)[0]), arg.dtype.scalar)
+
+
 _patch_tensor = interpreter._patch_lang_tensor
 
 
@@ -53,8 +58,17 @@ def _patch_tensor_for_numpy(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+_call = interpreter.InterpretedFunction.__call__
+
+
+def _call_own(self, *args, **kwargs):
+    # It looks through the whole language again at every call of a function: 60 % of the time.
+    own = self.fn.__module__.startswith("fusedopt")
+    return self.rewrite()(*args, **kwargs) if own else _call(self, *args, **kwargs)
+
+
 if INTERPRETED:
     interpreter.InterpreterBuilder.cast_impl = _exact_cast
+    interpreter.InterpreterBuilder.create_splat = _splat
     interpreter._patch_lang_tensor = _patch_tensor_for_numpy
-    # It also looks through the whole language again at every call of a function: 60 % of the time.
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    interpreter.InterpretedFunction.__call__ = _call_own
