@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt.backends.triton.softmax import LOWEST, NAN, absorb, dense_targets, first_of_largest, scaled
+from fusedopt.backends.triton.softmax import absorb, dense_targets, nothing, scaled
 
-MIN_BLOCK, MAX_BLOCK = 512, 32768
 _RUN_TIME = [
     *("logits", "target", "weight", "grad", "rows", "lse", "argmax", "correct", "entropy", "upstream", "factor"),
     *("logits_stride", "target_stride", "grad_stride", "classes", "ignore_index"),
@@ -65,7 +64,7 @@ def _label(target, weight, row, classes, ignore_index, keep):
     label = tl.load(target + row)
     counts = label != ignore_index
     valid = counts & (label >= 0) & (label < classes)
-    hot = tl.where(valid, keep, tl.where(counts, NAN, 0.0))
+    hot = tl.where(valid, keep, tl.where(counts, float("nan"), 0.0))
     if weight is not None:
         hot *= tl.load(weight + label, valid, other=1.0)
     return tl.where(valid, label, -1).to(tl.int32), hot, counts
@@ -78,6 +77,27 @@ def _sum_targets(mass, probabilities, weight, begin, end, keep, spread, BLOCK: t
         y, _ = dense_targets(probabilities, weight, cols, cols < end, keep, spread)
         mass += tl.sum(y, 0)
     return mass
+
+
+@triton.jit
+def _read_tile(
+    sums,
+    x,
+    probabilities,
+    weight,
+    at,
+    mask,
+    head,  # the row's column at x
+    keep,
+    spread,
+    softcap,
+    logit_scale,
+    DENSE: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    s, _ = scaled(tl.load(x + at, mask, other=0.0, eviction_policy="evict_last").to(tl.float32), logit_scale, softcap)
+    y, t = dense_targets(probabilities, weight, at, mask, keep, spread)
+    return absorb(sums, s, y, t, head + at, mask, DENSE, STATS and probabilities is not None, STATS)
 
 
 @triton.jit
@@ -203,26 +223,16 @@ def forward(
     if not STATS:
         mask &= counts
         whole = tl.where(counts, body, 0)
-    lowest = tl.full((), LOWEST, tl.float32)
-    zero = tl.full((), 0.0, tl.float32)
-    nowhere = tl.full((), 2**31 - 1, tl.int32)
-    sums = (lowest, nowhere, zero, zero, zero, zero)
-    likely, likeliest = lowest, nowhere
-    s, _ = scaled(tl.load(x + cols, mask, other=0.0).to(tl.float32), logit_scale, softcap)
-    y, t = dense_targets(probabilities, weight, cols, mask, keep, spread)
-    sums = absorb(sums, s, y, cols, mask, DENSE, STATS)
-    if STATS and PROBABILITIES:
-        likely, likeliest = first_of_largest(likely, likeliest, t, cols, mask)
+    sums = nothing()
+    # fmt: off
+    sums = _read_tile(sums, x, probabilities, weight, cols, mask, 0,
+                      keep, spread, softcap, logit_scale, DENSE, STATS)
     for begin in range(0, whole, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        mask = at < body
-        values = tl.load(x_body + at, mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        s, _ = scaled(values, logit_scale, softcap)
-        y, t = dense_targets(probabilities_body, weight_body, at, mask, keep, spread)
-        sums = absorb(sums, s, y, head + at, mask, DENSE, STATS)
-        if STATS and PROBABILITIES:
-            likely, likeliest = first_of_largest(likely, likeliest, t, head + at, mask)
-    largest, index, total, mass, dot, moment = sums
+        sums = _read_tile(sums, x_body, probabilities_body, weight_body, at, at < body, head,
+                          keep, spread, softcap, logit_scale, DENSE, STATS)
+    # fmt: on
+    largest, index, total, mass, dot, moment, likeliest, _ = sums
 
     log_total = tl.log(total)
     lse_row = largest + log_total
@@ -315,7 +325,7 @@ def cross_entropy_forward(
     """
     correct = None if stats is None else stats.correct.view(torch.uint8)
     outputs = (grad, rows, lse, getattr(stats, "argmax", None), correct, getattr(stats, "entropy", None))
-    _launch(forward, logits, target, rule, grad, outputs, factor)
+    _launch(forward, logits, target, rule, grad, outputs, factor, stats is not None)
 
 
 def cross_entropy_backward(
@@ -339,37 +349,43 @@ def _launch(
     grad: Tensor | None,
     between: tuple[Tensor | None, ...],
     factor: float | Tensor,
+    stats: bool = False,
 ) -> None:
     n, classes = logits.shape
     if n == 0:
         return
-    probabilities = target.dim() == 2
+    probabilities, smoothed = target.dim() == 2, rule.label_smoothing != 0
     others = [t for t in (grad, target if probabilities else None) if t is not None]
-    block = min(max(triton.next_power_of_2(classes), MIN_BLOCK), MAX_BLOCK)
+    block, threads = _plan(classes, probabilities or smoothed or rule.softcap is not None, stats)
     with torch.accelerator.device_index(logits.device.index if logits.device.type != "cpu" else None):
         kernel[(n,)](
             *(logits, target, rule.weight, *between, factor),
             *(logits.stride(0), target.stride(0), 0 if grad is None else grad.stride(0), classes, rule.ignore_index),
             *(1 - rule.label_smoothing, rule.label_smoothing / classes, rule.z_loss, rule.softcap, rule.logit_scale),
             PROBABILITIES=probabilities,
-            SMOOTHED=rule.label_smoothing != 0,
+            SMOOTHED=smoothed,
             FACTOR_ON_DEVICE=isinstance(factor, Tensor),
             ALIGNED=all(_in_step(logits, other) for other in others),
             BLOCK=block,
-            num_warps=_threads(block) // _warp_size(logits.device),
-            enable_fp_fusion=True,
+            num_warps=threads // _warp_size(logits.device),
+            enable_fp_fusion=True,  # Triton 3.10 changes its default
         )
+
+
+def _plan(classes: int, dense: bool, stats: bool) -> tuple[int, int]:
+    """Elements that a row is walked by, and threads: as many elements a thread as registers hold.
+
+    Long rows get most of a multiprocessor each: those under way then stay in the L2 cache until they are read again.
+    """
+    largest, most = (8192, 512) if stats else (16384, 1024) if dense else (32768, 1024)
+    block = min(max(triton.next_power_of_2(classes), 1024), largest)
+    return block, min(max(block // 16, 128), most)
 
 
 def _in_step(a: Tensor, b: Tensor) -> bool:
     """Whether 16-byte boundaries fall on the same columns in every row of both."""
     strides = a.shape[0] == 1 or (a.stride(0) - b.stride(0)) * a.itemsize % 16 == 0
     return strides and (a.data_ptr() - b.data_ptr()) % 16 == 0
-
-
-def _threads(block: int) -> int:
-    """Long rows get a multiprocessor each: then those under way stay in the L2 cache until they are read again."""
-    return min(max(block // 16, 128), 1024)
 
 
 @functools.cache

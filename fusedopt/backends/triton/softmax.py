@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 INF, LOWEST = tl.constexpr(float("inf")), tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -55,32 +54,47 @@ def dense_targets(probabilities, weight, at, mask, keep, spread):
 
 
 @triton.jit
-def first_of_largest(largest, index, values, cols, mask):
-    """The row's largest value so far and its first column, after one more tile."""
+def nothing():
+    """A row's sums before its first tile: see absorb."""
+    lowest, zero = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
+    nowhere = tl.full((), 2**31 - 1, tl.int32)
+    return lowest, nowhere, zero, zero, zero, zero, nowhere, lowest
+
+
+@triton.jit
+def _first_of_largest(index, largest, values, cols, mask):
     top = tl.max(tl.where(mask, values, LOWEST), 0)
     first = tl.min(tl.where(mask & (values == top), cols, 2**31 - 1), 0)
     index = tl.where(top > largest, first, tl.where(top == largest, tl.minimum(index, first), index))
-    return tl.maximum(largest, top), index
+    return index, tl.maximum(largest, top)
 
 
 @triton.jit
 def absorb(
-    sums,  # largest s, its first column, then of all c so far: e, y, y (s - largest), e (s - largest)
+    sums,
     s,
     y,
+    t,
     cols,
     mask,
     DENSE: tl.constexpr,
+    LIKELIEST: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """The online softmax: a row's sums after one more tile; e = exp(s - largest)."""
-    largest, index, total, mass, dot, moment = sums
+    """The online softmax: a row's sums after one more tile.
+
+    They are the largest s and its first column; of all columns so far, with e = exp(s - largest), the sums of e, y,
+    y (s - largest) and e (s - largest); the first column of the largest t, and that.
+    """
+    largest, index, total, mass, dot, moment, likeliest, likely = sums
     s = tl.where(mask, s, LOWEST)
     ordered = tl.where(s == s, s, INF)  # NaN counts as infinite: then exp(NaN - largest) makes the row NaN
     if STATS:
-        new, index = first_of_largest(largest, index, ordered, cols, mask)
+        index, new = _first_of_largest(index, largest, ordered, cols, mask)
     else:
         new = tl.maximum(largest, tl.max(ordered, 0))
+    if LIKELIEST:
+        likeliest, likely = _first_of_largest(likeliest, likely, t, cols, mask)
     # nothing but -inf so far: any finite number will do
     origin, shift = tl.where(largest == LOWEST, 0.0, largest), tl.where(new == LOWEST, 0.0, new)
     rise = shift - origin
@@ -93,4 +107,4 @@ def absorb(
     if STATS:
         moment = (moment - total * rise) * kept + tl.sum(tl.where(e > 0, e * from_max, 0.0), 0)
     total = total * kept + tl.sum(e, 0)
-    return new, index, total, mass, dot, moment
+    return new, index, total, mass, dot, moment, likeliest, likely
