@@ -356,7 +356,8 @@ def _launch(
         return
     probabilities, smoothed = target.dim() == 2, rule.label_smoothing != 0
     others = [t for t in (grad, target if probabilities else None) if t is not None]
-    block, threads = _plan(classes, probabilities or smoothed or rule.softcap is not None, stats)
+    plain = not (probabilities or smoothed or stats or rule.softcap is not None)
+    block, threads = _plan(classes, logits.itemsize, plain)
     with torch.accelerator.device_index(logits.device.index if logits.device.type != "cpu" else None):
         kernel[(n,)](
             *(logits, target, rule.weight, *between, factor),
@@ -372,12 +373,12 @@ def _launch(
         )
 
 
-def _plan(classes: int, dense: bool, stats: bool) -> tuple[int, int]:
-    """Elements that a row is walked by, and threads: as many elements a thread as registers hold.
+def _plan(classes: int, itemsize: int, plain: bool) -> tuple[int, int]:
+    """Elements that a row is walked by, and threads: as many elements a thread as find registers.
 
     Long rows get most of a multiprocessor each: those under way then stay in the L2 cache until they are read again.
     """
-    largest, most = (8192, 512) if stats else (16384, 1024) if dense else (32768, 1024)
+    largest, most = (65536 // itemsize, 1024) if plain else (8192, 512)
     block = min(max(triton.next_power_of_2(classes), 1024), largest)
     return block, min(max(block // 16, 128), most)
 
