@@ -4,7 +4,6 @@
 """
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,15 +30,7 @@ SOME = [
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    def choose(target):
-        pretend(monkeypatch, target)
-        if target == "gfx942":
-            monkeypatch.setattr(torch.version, "hip", "7.0")
-            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=64))
-        options = table._options.__wrapped__(torch.device("cuda"))
-        monkeypatch.setattr(table, "_options", lambda device: options)
-
-    yield choose
+    yield lambda target: pretend(monkeypatch, target, table)
     forget(kernels.prepare)
     forget(kernels.update)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from fusedopt.backends.triton import options
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -41,9 +45,15 @@ class _Elsewhere:
         return lambda *arguments: None
 
 
-def pretend(monkeypatch, target: str) -> None:
-    """Launches from now on are compiled for the target; nothing runs."""
+def pretend(monkeypatch, target: str, module: Any) -> None:
+    """Launches of the module from now on are compiled for the target; nothing runs."""
     monkeypatch.setattr(driver, "_active", _Elsewhere(TARGETS[target]))
+    if target == "gfx942":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=64))
+    monkeypatch.setattr(
+        module, "options", lambda device, threads: options.options.__wrapped__(torch.device("cuda"), threads)
+    )
 
 
 def compiled(kernel: Any, target: str) -> list[Any]:

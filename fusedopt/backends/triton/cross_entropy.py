@@ -6,7 +6,6 @@ for another shape, only for another power of two that covers a row, up to the la
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedopt.backends.triton.options import options
 from fusedopt.backends.triton.softmax import absorb, dense_targets, nothing, scaled
 
 _RUN_TIME = [
@@ -357,7 +357,7 @@ def _launch(
     probabilities, smoothed = target.dim() == 2, rule.label_smoothing != 0
     others = [t for t in (grad, target if probabilities else None) if t is not None]
     plain = not (probabilities or smoothed or stats or rule.softcap is not None)
-    block, threads = _plan(classes, logits.itemsize, plain)
+    block, threads = _plan(classes, plain)
     with torch.accelerator.device_index(logits.device.index if logits.device.type != "cpu" else None):
         kernel[(n,)](
             *(logits, target, rule.weight, *between, factor),
@@ -368,27 +368,20 @@ def _launch(
             FACTOR_ON_DEVICE=isinstance(factor, Tensor),
             ALIGNED=all(_in_step(logits, other) for other in others),
             BLOCK=block,
-            num_warps=threads // _warp_size(logits.device),
-            enable_fp_fusion=True,  # Triton 3.10 changes its default
+            **options(logits.device, threads),
         )
 
 
-def _plan(classes: int, itemsize: int, plain: bool) -> tuple[int, int]:
-    """Elements that a row is walked by, and threads: as many elements a thread as find registers.
+def _plan(classes: int, plain: bool) -> tuple[int, int]:
+    """Elements that a row is walked by, and threads: 16 elements each, which find registers with all features on.
 
     Long rows get most of a multiprocessor each: those under way then stay in the L2 cache until they are read again.
     """
-    largest, most = (65536 // itemsize, 1024) if plain else (8192, 512)
-    block = min(max(triton.next_power_of_2(classes), 1024), largest)
-    return block, min(max(block // 16, 128), most)
+    block = min(max(triton.next_power_of_2(classes), 2048), 16384 if plain else 8192)
+    return block, block // 16
 
 
 def _in_step(a: Tensor, b: Tensor) -> bool:
     """Whether 16-byte boundaries fall on the same columns in every row of both."""
     strides = a.shape[0] == 1 or (a.stride(0) - b.stride(0)) * a.itemsize % 16 == 0
     return strides and (a.data_ptr() - b.data_ptr()) % 16 == 0
-
-
-@functools.cache
-def _warp_size(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

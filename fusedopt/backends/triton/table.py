@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedopt.backends.triton import Launch, kernels
+from fusedopt.backends.triton.options import options
 from fusedopt.backends.triton.rules import RULES
 
 _DTYPE = {
@@ -122,7 +123,7 @@ class DeviceTable:
         rule, tuning = RULES[launch.rule], TUNING[launch.param.itemsize]
         scratch = scratch.view(torch.float64 if launch.param == torch.float64 else torch.float32)
         n_rows, n_chunks = len(launch.rows), len(launch.chunk_rows)
-        options = _options(self._device)
+        compiler = options(self._device, THREADS)
         if n_rows:
             self._prepares.append(
                 functools.partial(
@@ -132,7 +133,7 @@ class DeviceTable:
                     HYPER=len(rule.hyper),
                     SCALARS=rule.scalars,
                     BLOCK=THREADS,
-                    **options,
+                    **compiler,
                 )
             )
         if n_chunks:
@@ -150,8 +151,8 @@ class DeviceTable:
             }
             grid = (min(n_chunks * split, programs),)
             # compiled before anything runs: should it fail, no step counter has moved
-            kernels.update.warmup(*arguments, self._no_inf, grid=grid, **constants, **options)
-            self._updates.append(functools.partial(kernels.update[grid], *arguments, **constants, **options))
+            kernels.update.warmup(*arguments, self._no_inf, grid=grid, **constants, **compiler)
+            self._updates.append(functools.partial(kernels.update[grid], *arguments, **constants, **compiler))
 
     def _upload(self, begin: int, parts: list[tuple[int, Any]]) -> None:
         """Copy arrays to words begin + offset, in one copy that nobody waits for."""
@@ -175,16 +176,3 @@ def _multiprocessors(device: torch.device) -> int:
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)
     return properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count
-
-
-@functools.cache
-def _options(device: torch.device) -> dict[str, Any]:
-    """Of the compiler, for both kernels."""
-    # contraction as in C++; Triton 3.10 changes its default
-    options = {"num_warps": THREADS // 32, "enable_fp_fusion": True}
-    if device.type == "cuda" and torch.version.hip is None:
-        # never reached; but without a limit ptxas spills a register now and then to fit one more program
-        options["maxnreg"] = 128
-    elif device.type == "cuda":
-        options["num_warps"] = THREADS // torch.cuda.get_device_properties(device).warp_size
-    return options
