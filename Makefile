@@ -2,7 +2,7 @@
 #   make train   train a language model on this machine, stock PyTorch and fusedopt side by side (about three minutes)
 #   make test    the test suite (under ten minutes on two cores)
 #   make bench   the benchmarks; then `make readme` writes their figures into the README
-#   make simt    the CUDA sources on the CPU, under sanitizers, which make test leaves out
+#   make thorough  what make test leaves out: the CUDA sources under sanitizers, every Triton kernel for every target
 #   make gpu     what a GPU machine adds: tests, compute-sanitizer, benchmarks; make lint   format and lint checks
 # In an environment of your own, offline too: make gpu PY=python3 (or any other target)
 PYTHON ?= python3
@@ -23,7 +23,7 @@ ifeq ($(origin PY),command line)
 READY := own-environment
 endif
 
-.PHONY: own-environment train test bench simt gpu gpu-test gpu-sanitize gpu-bench lint readme clean
+.PHONY: own-environment train test thorough bench gpu gpu-test gpu-sanitize gpu-bench lint readme clean
 
 train: $(READY)
 	$(PY) -m fusedopt.train --compare --overwrite $(ARGS)
@@ -34,8 +34,8 @@ test: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks all $(ARGS)
 
-simt: $(READY)
-	$(PY) -m pytest -m sanitizer $(ARGS)
+thorough: $(READY)
+	$(PY) -m pytest -m thorough $(ARGS)
 
 gpu: gpu-test gpu-sanitize gpu-bench
 

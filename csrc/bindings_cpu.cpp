@@ -21,7 +21,7 @@ void bind_cuda(py::module_&);
 namespace {
 
 template <class Call>
-auto checked(const Call& call) {
+decltype(auto) checked(const Call& call) {
   try {
     return call();
   } catch (const PythonError&) {

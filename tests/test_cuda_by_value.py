@@ -6,7 +6,7 @@ import sys
 import pytest
 from simt import build
 
-sanitizer = pytest.mark.sanitizer
+thorough = pytest.mark.thorough
 
 
 def run(kind, script, *arguments, order="forward"):
@@ -24,8 +24,8 @@ def run(kind, script, *arguments, order="forward"):
         ("plain", "reverse", "few", 200),
         ("plain", "seed:1", "few", 200),
         ("plain", "seed:2", "few", 200),
-        pytest.param("asan", "seed:3", "few", 200, marks=sanitizer),
-        pytest.param("tsan", "seed:3", "few", 200, marks=sanitizer),
+        pytest.param("asan", "seed:3", "few", 200, marks=thorough),
+        pytest.param("tsan", "seed:3", "few", 200, marks=thorough),
     ],
 )
 def test_no_further_from_float64_than_stock(kind, order, table, tensors):
@@ -41,8 +41,8 @@ def test_no_further_from_float64_than_stock(kind, order, table, tensors):
         ("plain", "forward", "full", 250),
         ("plain", "reverse", "few", 200),
         ("plain", "seed:1", "full", 250),
-        pytest.param("asan", "seed:3", "full", 250, marks=sanitizer),
-        pytest.param("tsan", "seed:3", "few", 200, marks=sanitizer),
+        pytest.param("asan", "seed:3", "full", 250, marks=thorough),
+        pytest.param("tsan", "seed:3", "few", 200, marks=thorough),
     ],
 )
 def test_cross_entropy_as_in_float64(kind, order, table, losses):
@@ -51,7 +51,7 @@ def test_cross_entropy_as_in_float64(kind, order, table, losses):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=sanitizer)])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=thorough)])
 def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
     done = run(kind, "failures.py")
     assert (done.returncode, done.stdout) == (0, "every failure is told\n")

@@ -1,61 +1,27 @@
-"""Every Triton kernel by value, in Triton's interpreter: no GPU needed.
+"""Every Triton kernel of the optimizers by value, in Triton's interpreter (triton_interpreter.py): no GPU needed."""
 
-Triton looks at TRITON_INTERPRET when it is imported, so this file runs twice: under pytest it starts itself anew with
-the variable set, once, for all tests below. TRITON_INTERPRET=1 pytest tests/test_triton_step.py names each of them.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from optim_table import CASES, DTYPES, SHAPES, STEPS, Case, make_params, oracle, stock, train
+from optim_table import CASES, DTYPES, SHAPES, STEPS, Case, make_params, oracle, set_grads, stock, train
 
+import fusedopt
 from fusedopt.backends import cpu
 from fusedopt.backends import triton as backend
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, which the first test starts")
-CHUNK = 16384
+
+from triton_by_hand import CHUNK, ByHand, all_tensors, filled
+from triton_interpreter import INTERPRETED, interpreted, run_anew
+
+from fusedopt.backends.triton import table
+
+needs_native = pytest.mark.skipif(cpu.available() is not True, reason=str(cpu.available()))
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="is what started it")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout=600", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parent.parent
-    run = subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    print(run.stdout.splitlines()[-1])
-
-
-if INTERPRETED:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    from fusedopt.backends.triton import table
-
-    # What the interpreter gets wrong. It truncates where it should round to bfloat16, and reads bfloat16's subnormal
-    # numbers as others; GPUs have an instruction for the first, and the second is a shift.
-    _cast = interpreter.InterpreterBuilder.cast_impl
-
-    def _exact_cast(self, src, dst_type):
-        types = src.dtype.scalar, dst_type.scalar
-        if types == (tl.bfloat16, tl.float32):
-            data = (src.data.astype(np.uint32) << 16).view(np.float32)
-        elif types == (tl.float32, tl.bfloat16):
-            data = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        else:
-            return _cast(self, src, dst_type)
-        return interpreter.TensorHandle(data, dst_type.scalar)
-
-    interpreter.InterpreterBuilder.cast_impl = _exact_cast
-    # It also looks through the whole language again at every call of a function: 60 % of the time.
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    run_anew(__file__)
 
 
 @pytest.fixture
@@ -64,129 +30,80 @@ def large_blocks(monkeypatch):
     monkeypatch.setattr(table, "TUNING", {size: t._replace(block=CHUNK) for size, t in table.TUNING.items()})
 
 
-# --- an optimizer's tensors, laid out by hand ---
+# --- the table of all optimizers, by their own step() ---
 
 
-def dense(grad, param):
-    """The gradient in the parameter's memory order, which is the engine's work."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-
-
-def chunk_map(numels):
-    """(first chunk of each row, row of each chunk)"""
-    counts = [-(-n // CHUNK) for n in numels]
-    first = [sum(counts[:i]) for i in range(len(counts))]
-    return first, torch.tensor([row for row, n in enumerate(counts) for _ in range(n)], dtype=torch.int32)
-
-
-def words(*values):
-    """Float64 bits."""
-    return torch.tensor(values, dtype=torch.float64).view(torch.int64).tolist()
-
-
-class ByHand:
-    """What the engine does of a step, for tensors that fuse: optimizers of one rule become the groups of one launch."""
-
-    def __init__(self, *optimizers):
-        self.optimizers = optimizers
-        self.param_groups = [group for o in optimizers for group in o.param_groups]
-        self.state = {}
-        self.counters = {}
-        (self.rule,) = {o._rule(group) for o in optimizers for group in o.param_groups}
-        for o in optimizers:
-            for group in o.param_groups:
-                for p in group["params"]:
-                    stock_state = o.state.get(p, {})
-                    state = self.state[p] = {}
-                    counter = torch.zeros(())
-                    if group.keys() & {"alpha", "betas", "lr_decay"} and "Lion" not in type(o).__name__:
-                        state["step"] = counter
-                    self.counters[p] = counter
-                    for key in o._states(group):
-                        state[key] = stock_state.get(key, torch.zeros_like(p, memory_format=torch.preserve_format))
-        self.table = backend.new_table(torch.device("cpu"))
-        self.found_inf = self.grad_scale = None
-        self.changed = True
-        self.launched = 0
-
-    def group_words(self):
-        out = []
-        for o in self.optimizers:
-            for group in o.param_groups:
-                hyper = o._hyper(group)
-                lr = group["lr"]
-                pointer = [lr.data_ptr(), int(lr.dtype == torch.float64)] if isinstance(lr, torch.Tensor) else [0, 0]
-                factor = -1.0 if group["maximize"] else 1.0
-                if pointer[0]:
-                    hyper[0] = torch.nan  # must not be read
-                out.append(words(*hyper, *[0.0] * (8 - len(hyper)), factor) + pointer)
-        return torch.tensor(out)
-
-    def step(self):
-        rows, grads, held, numels = [], [], [], []
-        first, chunks = chunk_map([p.numel() for group in self.param_groups for p in group["params"]])
-        for g, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                grad = dense(p.grad, p)
-                held.append(grad)
-                states = [t.data_ptr() for key, t in self.state[p].items() if key != "step"]
-                pointers = [p.data_ptr(), *states, *[0] * (3 - len(states)), self.counters[p].data_ptr()]
-                rows.append([*pointers, p.numel(), first[len(rows)], g])
-                grads.append(grad.data_ptr())
-                numels.append(p.numel())
-        some = self.param_groups[0]["params"][0]
-        launch = backend.Launch(
-            self.rule,
-            some.dtype,
-            held[0].dtype,
-            some.dtype,
-            torch.tensor(rows).view(-1, 8),
-            torch.tensor(grads),
-            chunks,
-            self.changed,
-        )
-        self.launched = self.table.step([launch], self.group_words(), self.found_inf, self.grad_scale)
-
-
-def filled(numel, seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(numel, generator=generator) + 0.25).to(dtype)
-
-
-def all_tensors(by_hand):
-    params = [p.detach() for group in by_hand.param_groups for p in group["params"]]
-    return params + [t for state in by_hand.state.values() for t in state.values()]
-
-
-# --- the table of all optimizers ---
+@pytest.fixture
+def engine(monkeypatch, large_blocks):
+    """Optimizers of CPU tensors, asked for the Triton backend, get it."""
+    monkeypatch.setattr(backend, "device_types", frozenset({"cpu"}))
+    monkeypatch.setattr(backend, "available", lambda: True)
 
 
 @interpreted
+@needs_native
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_no_further_from_float64_than_stock(case, dtypes, large_blocks, monkeypatch):
+def test_no_further_from_float64_than_stock(case, dtypes, engine):
     torch.set_num_threads(1)
-    fusing = {name: shape for name, shape in SHAPES.items() if shape.fuses}
     exact = oracle(case, dtypes)
     theirs = stock(case, dtypes) if case.name != "Lion" else None
-    monkeypatch.setattr("optim_table.SHAPES", fusing)
-    ours = train(ByHand(case.fused(make_params(dtypes))), dtypes)
+    optimizer = case.fused(make_params(dtypes), backend="triton")
+    ours = train(optimizer, dtypes)
+    ran = [row.backend for row in optimizer.backend_report()]
+    assert ran == ["triton" if shape.fuses else "reference" for shape in SHAPES.values()]
     ulps = STEPS * torch.finfo(DTYPES[dtypes][0]).eps  # as tests/test_optim_values.py has it
-    for i, (name, shape) in enumerate(SHAPES.items()):
-        if not shape.fuses:
-            continue
-        row = ours.tensors[list(fusing).index(name)]
-        assert row.keys() == exact.tensors[i].keys()
+    for i, name in enumerate(SHAPES):
+        assert list(ours.tensors[i]) == list(exact.tensors[i])
         for key, value in exact.tensors[i].items():
-            if value.numel() == 0:
-                continue
             tolerance = ulps * exact.peaks[i][key]
-            error = (row[key] - value).abs()
+            error = (ours.tensors[i][key] - value).abs()
             if exact.doubtful is not None and key == "param":
-                assert error.max() <= 2 * STEPS * float(case.options["lr"]) + tolerance
-                error = torch.cat([error[~exact.doubtful[i]].flatten(), torch.zeros(1, dtype=torch.float64)])
-            stock_error = (theirs.tensors[i][key] - value).abs().max() if theirs else 0.0
-            assert error.max() <= stock_error + tolerance, f"{name} {key}"
+                assert torch.all(error <= 2 * STEPS * float(case.options["lr"]) + tolerance)
+                error = error[~exact.doubtful[i]]
+            stock_error = (theirs.tensors[i][key] - value).abs().max() if theirs and value.numel() else 0.0
+            assert torch.all(error <= stock_error + tolerance), f"{name} {key}"
+
+
+@interpreted
+@needs_native
+def test_an_overflow_changes_nothing_and_the_scale_divides(engine):
+    scaled, plain = make_params("f32"), make_params("f32")
+    optimizer = fusedopt.optim.AdamW(scaled, lr=0.01, backend="triton")
+    train(optimizer, "f32", 2)
+    before = [t.clone() for p in scaled for t in (p.detach(), *optimizer.state[p].values())]
+    set_grads(scaled, "f32", 3)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    optimizer.step()
+    after = [t for p in scaled for t in (p.detach(), *optimizer.state[p].values())]
+    assert all(map(torch.equal, after, before))
+    for p in scaled:
+        p.grad.mul_(4)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    train(fusedopt.optim.AdamW(plain, lr=0.01, backend="triton"), "f32", 3)
+    assert all(map(torch.equal, scaled, plain))
+
+
+@interpreted
+@needs_native
+def test_a_step_sends_nothing_where_nothing_moved(engine, monkeypatch):
+    """The engine's own tables, as they change: steps in a row, a gradient in another place, a scheduler."""
+    params = [torch.nn.Parameter(filled(n, n)) for n in (3, 50)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = Case("SGD", {"lr": 0.5, "momentum": 0.5}).fused(params, backend="triton")
+    optimizer.step()
+    recorded = Recorded(monkeypatch)
+    optimizer.step()
+    assert recorded.take() == []
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    assert recorded.take() == [(table._START, 1)]
+    held, params[1].grad = params[1].grad, torch.ones(50)
+    optimizer.step()
+    assert recorded.take() == [(0, 5)]
+    assert torch.equal(held, params[1].grad)
 
 
 # --- what may not change a bit ---
@@ -340,7 +257,7 @@ def test_gradients_are_unscaled_in_the_compute_type(dtypes, large_blocks):
 
 
 @interpreted
-@pytest.mark.skipif(cpu.available() is not True, reason=str(cpu.available()))
+@needs_native
 def test_rules_are_those_of_cpp():
     native = {name: (hyper, states) for name, (_, hyper, states) in cpu.rules().items()}
     assert list(backend.rule_names().items()) == list(native.items())
@@ -350,7 +267,7 @@ ODD = [0.0, -0.0, 1.0, -2.5, 1e-30, 1e-42, torch.inf, -torch.inf, torch.nan]
 
 
 @interpreted
-@pytest.mark.skipif(cpu.available() is not True, reason=str(cpu.available()))
+@needs_native
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_infinities_and_nans_are_those_of_cpp(case):
     """Every pair of odd parameters and gradients, three steps; between, zeros and their negatives."""
@@ -477,52 +394,3 @@ def test_one_step_of_two_launches(large_blocks):
     (a, _), (b, _) = optimizers
     assert torch.equal(a.detach(), filled(33, 3) - 0.5 * filled(33, 4))
     assert torch.equal(b.detach(), (filled(33, 3, torch.bfloat16).float() - 0.25).bfloat16())
-
-
-# --- on or off, and why ---
-
-
-NO_TRITON = """
-import sys
-sys.modules["triton"] = None
-from fusedopt.backends import triton
-assert triton.available() == "Triton is not installed", triton.available()
-assert triton.remedy() == "pip install triton"
-"""
-NOT_YET = """
-import sys
-import fusedopt
-from fusedopt.backends import triton
-triton.available()
-import torch
-assert torch.cuda.is_available() or torch.xpu.is_available() or "triton" not in sys.modules
-"""
-
-
-@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
-@pytest.mark.parametrize("script", [NO_TRITON, NOT_YET], ids=["without Triton", "imports late"])
-def test_import(script):
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
-def test_reasons(monkeypatch):
-    monkeypatch.setattr(backend, "_gpu_visible", lambda: False)
-    assert backend.available() == "no GPU is visible to PyTorch"
-    assert "torch.cuda.is_available()" in backend.remedy()
-    monkeypatch.setattr(backend, "_gpu_visible", lambda: True)
-    assert backend.available() is True
-    monkeypatch.setattr(backend, "_import_error", lambda: "Triton does not load (ImportError: libfoo.so)")
-    assert backend.available() == "Triton does not load (ImportError: libfoo.so)"
-    assert "--force-reinstall" in backend.remedy()
-
-
-@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
-def test_supports_what_the_cpu_supports():
-    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
-    for rule, (index, _, _) in cpu.rules().items():
-        for p in dtypes:
-            for g in dtypes:
-                assert backend.supports(index, p, g, p) == cpu.supports(index, p, g, p), (rule, p, g)

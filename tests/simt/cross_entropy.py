@@ -9,7 +9,14 @@ import torch
 from fusedopt.backends import cuda
 
 torch.set_num_threads(1)
-PLAIN = dict(weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0)
+PLAIN = {
+    "weight": None,
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "softcap": None,
+    "logit_scale": 1.0,
+}
 FEATURES = [
     {},
     {"label_smoothing": 0.2},

@@ -1,5 +1,8 @@
 """The Triton engine: GPUs without the CUDA library, and AMD's and Intel's. `table.DeviceTable` takes the steps.
 
+It needs no nvcc and no CUDA toolkit, for Triton brings its compilers. It does need the native library's CPU core, built
+with or without CUDA, which gathers a step's tensors whatever device they are on.
+
 Triton is imported when a table is first made, not before: it costs a good part of a second, and not every machine that
 has it has a GPU.
 """
@@ -56,6 +59,8 @@ def available() -> bool | str:
         return "Triton is not installed"
     if not _gpu_visible():
         return "no GPU is visible to PyTorch"
+    if cpu.available() is not True:
+        return f"it needs the native library: {cpu.available()}"
     return _import_error() or True
 
 
@@ -65,6 +70,8 @@ def remedy() -> str:
         return "pip install triton"
     if not _gpu_visible():
         return "run where torch.cuda.is_available() or torch.xpu.is_available() is true"
+    if cpu.available() is not True:
+        return cpu.remedy()
     return "install the Triton that belongs to your PyTorch: pip install --force-reinstall torch"
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedopt.backends.triton import Launch, kernels
+from fusedopt.backends.triton.options import options
 from fusedopt.backends.triton.rules import RULES
 
 _DTYPE = {
@@ -24,16 +25,19 @@ _DTYPE = {
 class Tuning(NamedTuple):
     """How `update` is launched: by width of the parameter's dtype, never by a tensor's size."""
 
-    block: int  # elements: 16 bytes of each array per thread
-    programs: tuple[int, ...]  # resident per multiprocessor, by number of states: as many as registers allow
+    block: int  # elements
+    programs: tuple[int, ...]  # resident per multiprocessor, by number of states
 
 
-# Every byte moves once and nothing is reused, so all that counts is loads in flight: 16 bytes per thread and array, and
-# all the programs that fit. More elements per thread would take more registers than they add bytes in flight. A
-# persistent program that found no room would start when others end, so the counts must fit 65536 registers (a test).
-TUNING = {8: Tuning(256, (12, 7, 6, 5)), 4: Tuning(512, (16, 10, 9, 8)), 2: Tuning(1024, (16, 8, 7, 5))}
-WARPS = 4
-ROWS = 128  # of a program of `prepare`
+# Every byte moves once and none is used again, so loads in flight are all that counts: 16 bytes per thread and array,
+# and all the programs that find registers. (More elements per thread take more registers than they bring bytes.) One
+# that found none would start when the others end: a test compares the counts with the registers of the kernels.
+THREADS = 128
+TUNING = {
+    8: Tuning(2 * THREADS, (12, 7, 5, 5)),
+    4: Tuning(4 * THREADS, (16, 9, 8, 7)),
+    2: Tuning(8 * THREADS, (10, 7, 5, 4)),
+}
 
 _START = 2  # words: the first two hold "no inf found" and "gradients are not scaled", for steps without GradScaler
 
@@ -119,18 +123,17 @@ class DeviceTable:
         rule, tuning = RULES[launch.rule], TUNING[launch.param.itemsize]
         scratch = scratch.view(torch.float64 if launch.param == torch.float64 else torch.float32)
         n_rows, n_chunks = len(launch.rows), len(launch.chunk_rows)
-        # what follows must not depend on the Triton release: 3.10 contracts no more unless asked, and C++ does
-        options = {"num_warps": WARPS, "enable_fp_fusion": True}
+        compiler = options(self._device, THREADS)
         if n_rows:
             self._prepares.append(
                 functools.partial(
-                    kernels.prepare[(-(-n_rows // ROWS),)],
+                    kernels.prepare[(-(-n_rows // THREADS),)],
                     *(rows, groups, scratch, n_rows),
                     DERIVE=rule.derive,
                     HYPER=len(rule.hyper),
                     SCALARS=rule.scalars,
-                    BLOCK=ROWS,
-                    **options,
+                    BLOCK=THREADS,
+                    **compiler,
                 )
             )
         if n_chunks:
@@ -148,8 +151,8 @@ class DeviceTable:
             }
             grid = (min(n_chunks * split, programs),)
             # compiled before anything runs: should it fail, no step counter has moved
-            kernels.update.warmup(*arguments, self._no_inf, grid=grid, **constants, **options)
-            self._updates.append(functools.partial(kernels.update[grid], *arguments, **constants, **options))
+            kernels.update.warmup(*arguments, self._no_inf, grid=grid, **constants, **compiler)
+            self._updates.append(functools.partial(kernels.update[grid], *arguments, **constants, **compiler))
 
     def _upload(self, begin: int, parts: list[tuple[int, Any]]) -> None:
         """Copy arrays to words begin + offset, in one copy that nobody waits for."""
