@@ -19,7 +19,7 @@ struct CpuEngine {
   StepKernel (*step_kernel)(const Launch&);
   // Rows [begin, end) of a cross entropy: forward (with the gradient when args.grad is set), or backward from lse.
   // `scratch` holds `classes` floats, the calling thread's own.
-  using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end, float* scratch);
+  using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end, void* scratch);
   CrossEntropyKernel (*cross_entropy_forward)(const CrossEntropyArgs&);
   CrossEntropyKernel (*cross_entropy_backward)(const CrossEntropyArgs&);
 };
