@@ -13,7 +13,7 @@ from build_tools import BuildFailed, cuda
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["csrc/gather.cpp", "csrc/bindings_cpu.cpp", "csrc/bindings_cuda.cpp", "csrc/cuda/runtime.cpp"]
-CPU = ["csrc/cpu/step.cpp", "csrc/cpu/cross_entropy.cpp"]
+CPU = ["csrc/cpu/step.cpp", "csrc/cpu/cross_entropy.cpp", "csrc/cpu/cross_entropy_pixels.cpp"]
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,11 @@ struct Backward {
 
 }  // namespace
 
-CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs& a) { return cross_entropy_kernel<Forward>(a); }
-CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs& a) { return cross_entropy_kernel<Backward>(a); }
+CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs& a) {
+  return a.pixels ? pixels_forward(a) : cross_entropy_kernel<Forward>(a);
+}
+CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs& a) {
+  return a.pixels ? pixels_backward(a) : cross_entropy_kernel<Backward>(a);
+}
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -7,6 +7,10 @@ namespace fusedopt::FUSEDOPT_ISA {
 
 using CrossEntropyKernel = CpuEngine::CrossEntropyKernel;
 
+// For (batch, classes, pixels)
+CrossEntropyKernel pixels_forward(const CrossEntropyArgs& a);
+CrossEntropyKernel pixels_backward(const CrossEntropyArgs& a);
+
 namespace {
 
 template <class Pass>

@@ -19,6 +19,8 @@ from fusedopt.nn.cross_entropy import Stats
 
 __all__ = ["Stats", "cross_entropy"]
 
+PIXELS = 16  # fewer neighbours do not fill a vector: copying them into rows costs less
+
 
 def cross_entropy(
     input: Tensor,
@@ -44,6 +46,9 @@ def cross_entropy(
 
     "mean" divides the z-loss by what it divides the loss by: the summed weight of the targets, or the number of rows of
     probabilities.
+
+    (N, C, d1, ...) is read as it lies, and the gradient lies likewise: neither is copied into rows of classes, unless
+    d1 ... are fewer than 16 elements or cannot be walked with one stride.
 
     For reductions "mean" and "sum" the gradient is written during forward, so backward only multiplies by the upstream
     gradient; "none" and float16 keep the log-sum-exp and write the gradient, rounded once, in backward. Between forward
@@ -91,11 +96,7 @@ def cross_entropy(
         return (loss, Stats(*composed.statistics(input, target, rule))) if return_stats else loss
 
     rows_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
-    logits = _matrix(input)
-    if target.is_floating_point():
-        target = _matrix(target)
-    else:
-        target = target.reshape(logits.shape[:1] + logits.shape[2:])
+    logits, target = _matrices(input, target)
     loss, stats = _fused.apply(logits, target, rule, reduction, inplace, return_stats)
     if reduction == "none":
         loss = loss.reshape(rows_shape)
@@ -120,10 +121,18 @@ def check_extras(z_loss: float, softcap: float | None, logit_scale: float) -> No
         raise ValueError(f"logit_scale={logit_scale} must be finite")
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """(N, C, d1, ...) as (rows, C)."""
-    classes_last = tensor.movedim(1, -1) if tensor.dim() > 2 else tensor
-    return classes_last.reshape(-1, classes_last.shape[-1])
+def _matrices(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, d1, ...) and its targets as (rows, C), or (N, C, pixels) where that is how the logits lie."""
+    pixels = math.prod(input.shape[2:])
+    if input.dim() > 2 and input.stride(1) != 1 and pixels >= PIXELS:
+        logits = input.flatten(2)
+        return logits, target.flatten(2) if target.is_floating_point() else target.flatten(1)
+
+    def rows(tensor: Tensor) -> Tensor:
+        classes_last = tensor.movedim(1, -1) if tensor.dim() > 2 else tensor
+        return classes_last.reshape(-1, classes_last.shape[-1])
+
+    return rows(input), rows(target) if target.is_floating_point() else target.reshape(-1)
 
 
 def _fusable(
