@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu/dispatch.h"
 #include "gather.h"
@@ -52,8 +55,8 @@ py::list rules() {
   return list;
 }
 
-// A tensor argument, read and checked. None gives data = null.
-dlpack::Tensor tensor(py::handle object, const char* name, std::initializer_list<Dtype> dtypes) {
+// A CPU tensor argument. None gives data = null.
+dlpack::Tensor any_tensor(py::handle object, const char* name) {
   dlpack::Tensor t{};
   if (object.is_none()) return t;
   checked([&] {
@@ -62,17 +65,43 @@ dlpack::Tensor tensor(py::handle object, const char* name, std::initializer_list
     return 0;
   });
   if (t.device.type != dlpack::kCPU) throw std::invalid_argument(std::string(name) + " is not on the CPU");
-  for (Dtype dtype : dtypes)
-    if (dtype_of(t.dtype) == dtype) return t;
-  if (dtypes.size() == 0 && t.dtype.code == dlpack::kInt && t.dtype.bits == 64) return t;
-  throw std::invalid_argument(std::string(name) + " has a dtype that does not fit");
+  return t;
 }
 
-// The row stride of a (rows, classes) matrix with class stride 1.
-int64_t row_stride(const dlpack::Tensor& t, const char* name, int64_t rows, int64_t classes) {
-  if (t.ndim != 2 || t.shape[0] != rows || t.shape[1] != classes || (classes > 1 && t.strides[1] != 1))
-    throw std::invalid_argument(std::string(name) + " must be (rows, classes) with class stride 1");
-  return t.strides[0];
+void require(bool fits, const dlpack::Tensor& t, const char* name) {
+  if (t.data && !fits) throw std::invalid_argument(std::string(name) + " has a dtype that does not fit");
+}
+
+dlpack::Tensor tensor(py::handle object, const char* name, std::initializer_list<Dtype> dtypes) {
+  const dlpack::Tensor t = any_tensor(object, name);
+  require(std::find(dtypes.begin(), dtypes.end(), dtype_of(t.dtype)) != dtypes.end(), t, name);
+  return t;
+}
+
+dlpack::Tensor indices(py::handle object, const char* name) {
+  const dlpack::Tensor t = any_tensor(object, name);
+  require(t.dtype.code == dlpack::kInt && t.dtype.bits == 64, t, name);
+  return t;
+}
+
+dlpack::Tensor flags(py::handle object, const char* name) {
+  const dlpack::Tensor t = any_tensor(object, name);
+  require(t.dtype.code == dlpack::kBool, t, name);
+  return t;
+}
+
+// The strides of a matrix as CrossEntropyArgs has it.
+void matrix_strides(const dlpack::Tensor& t, const char* name, const CrossEntropyArgs& a, int64_t* stride,
+                    int64_t* class_stride) {
+  const int last = t.ndim - 1;
+  const bool fits =
+      t.ndim == (a.pixels ? 3 : 2) && t.shape[1] == a.classes && t.shape[0] * (a.pixels ? t.shape[2] : 1) == a.rows;
+  if (!fits || (t.shape[last] > 1 && t.strides[last] != 1))
+    throw std::invalid_argument(std::string(name) +
+                                " must be (rows, classes) with class stride 1, or (batch, classes, pixels) with pixel "
+                                "stride 1, as logits are");
+  *stride = t.strides[0];
+  *class_stride = t.strides[1];
 }
 
 void* vector_of(const dlpack::Tensor& t, const char* name, int64_t n) {
@@ -92,7 +121,7 @@ void check_target(const int64_t* target, int64_t rows, int64_t classes, int64_t 
 
 // The denominator of a mean over class indices: how many rows, or how much weight, count.
 double target_total(py::handle target_object, py::handle weight_object, int64_t ignore_index, int64_t classes) {
-  const dlpack::Tensor t = tensor(target_object, "target", {});
+  const dlpack::Tensor t = indices(target_object, "target");
   const int64_t rows = t.ndim == 1 ? t.shape[0] : 0;
   const auto* target = static_cast<const int64_t*>(vector_of(t, "target", rows));
   check_target(target, rows, classes, ignore_index);
@@ -108,47 +137,58 @@ double target_total(py::handle target_object, py::handle weight_object, int64_t 
   return total;
 }
 
+// weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
+using Rule = std::tuple<py::object, int64_t, double, double, std::optional<double>, double>;
+
 struct CrossEntropyCall {
-  py::object logits, target, weight, upstream, grad, loss, lse;
-  double weight_sum, label_smoothing, grad_factor;
-  int64_t ignore_index;
+  py::handle logits, target, grad, upstream, loss, lse, argmax, correct, entropy;
+  const Rule& rule;
+  double weight_sum, grad_factor;
 };
 
 CrossEntropyArgs arguments(const CrossEntropyCall& c) {
-  const auto half = {Dtype::kF64, Dtype::kF32, Dtype::kBF16, Dtype::kF16};
-  const dlpack::Tensor logits = tensor(c.logits, "logits", half);
-  if (logits.ndim != 2) throw std::invalid_argument("logits must be (rows, classes)");
+  const auto& [weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale] = c.rule;
+  const dlpack::Tensor logits = tensor(c.logits, "logits", {Dtype::kF64, Dtype::kF32, Dtype::kBF16, Dtype::kF16});
+  if (logits.ndim != 2 && logits.ndim != 3)
+    throw std::invalid_argument("logits must be (rows, classes) or (batch, classes, pixels)");
   CrossEntropyArgs a{};
   a.dtype = dtype_of(logits.dtype);
   const auto same = {a.dtype};
   const auto compute = {a.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32};
-  a.logits = logits.data;
-  a.rows = logits.shape[0];
+  a.pixels = logits.ndim == 3 ? logits.shape[2] : 0;
+  a.rows = logits.shape[0] * (a.pixels ? a.pixels : 1);
   a.classes = logits.shape[1];
-  a.logits_stride = row_stride(logits, "logits", a.rows, a.classes);
+  a.logits = logits.data;
+  matrix_strides(logits, "logits", a, &a.logits_stride, &a.logits_class_stride);
   dlpack::Tensor probe{};
   checked([&] { return read_tensor(c.target.ptr(), &probe); });
   if (probe.dtype.code == dlpack::kInt) {
-    a.target = static_cast<const int64_t*>(vector_of(tensor(c.target, "target", {}), "target", a.rows));
-    check_target(a.target, a.rows, a.classes, c.ignore_index);
+    a.target = static_cast<const int64_t*>(vector_of(indices(c.target, "target"), "target", a.rows));
+    check_target(a.target, a.rows, a.classes, ignore_index);
   } else {
     const dlpack::Tensor probabilities = tensor(c.target, "target", same);
     a.probabilities = probabilities.data;
-    a.probabilities_stride = row_stride(probabilities, "target", a.rows, a.classes);
+    matrix_strides(probabilities, "target", a, &a.probabilities_stride, &a.probabilities_class_stride);
   }
-  a.weight = vector_of(tensor(c.weight, "weight", compute), "weight", a.classes);
+  a.weight = vector_of(tensor(weight, "weight", compute), "weight", a.classes);
   a.weight_sum = c.weight_sum;
-  a.ignore_index = c.ignore_index;
-  a.label_smoothing = c.label_smoothing;
+  a.ignore_index = ignore_index;
+  a.label_smoothing = label_smoothing;
+  a.z_loss = z_loss;
+  a.softcap = softcap.value_or(0);
+  a.logit_scale = logit_scale;
   if (!c.grad.is_none()) {
     const dlpack::Tensor grad = tensor(c.grad, "grad", same);
     a.grad = grad.data;
-    a.grad_stride = row_stride(grad, "grad", a.rows, a.classes);
+    matrix_strides(grad, "grad", a, &a.grad_stride, &a.grad_class_stride);
   }
   a.grad_factor = c.grad_factor;
   a.upstream = vector_of(tensor(c.upstream, "upstream", compute), "upstream", a.rows);
   a.loss = vector_of(tensor(c.loss, "loss", compute), "loss", a.rows);
   a.lse = vector_of(tensor(c.lse, "lse", compute), "lse", a.rows);
+  a.argmax = static_cast<int64_t*>(vector_of(indices(c.argmax, "argmax"), "argmax", a.rows));
+  a.correct = static_cast<bool*>(vector_of(flags(c.correct, "correct"), "correct", a.rows));
+  a.entropy = vector_of(tensor(c.entropy, "entropy", compute), "entropy", a.rows);
   return a;
 }
 
@@ -274,28 +314,23 @@ PYBIND11_MODULE(_native, m) {
           "them, in memory that is this plan's until its next lay_out.");
 
   m.def("target_total", target_total);
-  const auto call = [](py::object logits, py::object target, py::object weight, double weight_sum, int64_t ignore_index,
-                       double label_smoothing, py::object grad, double grad_factor, py::object upstream,
-                       py::object loss, py::object lse) {
-    return arguments(
-        {logits, target, weight, upstream, grad, loss, lse, weight_sum, label_smoothing, grad_factor, ignore_index});
-  };
-  m.def("cpu_cross_entropy_forward", [call](py::object logits, py::object target, py::object weight, double weight_sum,
-                                            int64_t ignore_index, double label_smoothing, py::object grad,
-                                            double grad_factor, py::object loss, py::object lse, int threads) {
-    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad,
-                                    grad_factor, py::none(), loss, lse);
+  m.def("cpu_cross_entropy_forward", [](py::handle logits, py::handle target, const Rule& rule, double weight_sum,
+                                        py::handle grad, double grad_factor, py::handle loss, py::handle lse,
+                                        py::handle argmax, py::handle correct, py::handle entropy, int threads) {
+    const CrossEntropyArgs a = arguments(
+        {logits, target, grad, py::none(), loss, lse, argmax, correct, entropy, rule, weight_sum, grad_factor});
     py::gil_scoped_release release;
     cpu_cross_entropy_forward(a, threads);
   });
-  m.def("cpu_cross_entropy_backward", [call](py::object logits, py::object target, py::object weight, double weight_sum,
-                                             int64_t ignore_index, double label_smoothing, py::object grad,
-                                             double grad_factor, py::object upstream, py::object lse, int threads) {
-    const CrossEntropyArgs a = call(logits, target, weight, weight_sum, ignore_index, label_smoothing, grad,
-                                    grad_factor, upstream, py::none(), lse);
-    py::gil_scoped_release release;
-    cpu_cross_entropy_backward(a, threads);
-  });
+  m.def("cpu_cross_entropy_backward",
+        [](py::handle logits, py::handle target, const Rule& rule, double weight_sum, py::handle grad,
+           double grad_factor, py::handle upstream, py::handle lse, int threads) {
+          const py::none none;
+          const CrossEntropyArgs a =
+              arguments({logits, target, grad, upstream, none, lse, none, none, none, rule, weight_sum, grad_factor});
+          py::gil_scoped_release release;
+          cpu_cross_entropy_backward(a, threads);
+        });
 #if defined(FUSEDOPT_CUDA)
   bind_cuda(m);
 #endif

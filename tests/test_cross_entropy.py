@@ -369,13 +369,14 @@ def test_registered_operators(with_grad, reduction):
         pytest.skip("the gradient of 'none' is always made in backward")
     x = torch.randn(5, 7, requires_grad=True)
     y = torch.tensor([0, 1, 2, 3, 4])
-    arguments = (x, y, torch.rand(7), reduction, -100, 0.1, with_grad)
+    rule = (torch.rand(7), -100, 0.1, 1e-3, 20.0, 0.5)
+    arguments = (x, y, *rule, reduction, with_grad, True)
     torch.library.opcheck(torch.ops.fusedopt.cross_entropy.default, arguments)
-    _, _, lse = torch.ops.fusedopt.cross_entropy(*arguments)
+    lse = torch.ops.fusedopt.cross_entropy(*arguments)[2]
     upstream = torch.ones(5 if reduction == "none" else ())
     torch.library.opcheck(
         torch.ops.fusedopt.cross_entropy_backward.default,
-        (upstream, x.detach(), y, torch.rand(7), lse.detach(), reduction, -100, 0.1),
+        (upstream, x.detach(), y, *rule, reduction, lse.detach()),
     )
 
 

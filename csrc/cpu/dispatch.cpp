@@ -112,14 +112,15 @@ int thread_index() {
 bool over_rows(CpuEngine::CrossEntropyKernel kernel, const CrossEntropyArgs& args, int threads) {
   if (!kernel) return false;
   // enough pieces to balance, large enough to be worth a turn; a thread prefetches the next row of its piece
-  const int64_t per_piece =
+  int64_t per_piece =
       std::max<int64_t>({1, kSpan / std::max<int64_t>(1, args.classes), args.rows / (8 * int64_t(threads))});
+  if (args.pixels) per_piece = (per_piece + kMaxPixels - 1) / kMaxPixels * kMaxPixels;
   const int64_t pieces = (args.rows + per_piece - 1) / per_piece;
   if (args.rows * args.classes < kSerial) threads = 1;
-  const std::unique_ptr<float[]> scratch(new float[size_t(threads) * size_t(args.classes)]);
+  const int64_t bytes = (scratch_bytes(args) + 63) / 64 * 64;
+  const std::unique_ptr<char[]> scratch(new char[size_t(threads) * size_t(bytes)]);
   parallel_for(threads, pieces, [&](int64_t i) {
-    kernel(args, i * per_piece, std::min(args.rows, (i + 1) * per_piece),
-           scratch.get() + thread_index() * args.classes);
+    kernel(args, i * per_piece, std::min(args.rows, (i + 1) * per_piece), scratch.get() + thread_index() * bytes);
   });
   return true;
 }

@@ -12,14 +12,28 @@ struct Span {
   int64_t last_row, end;
 };
 
+// Rows that lie side by side are taken in blocks of neighbours, as many as keep a block of logits in the cache.
+inline constexpr int64_t kMaxPixels = 128;
+
+static inline int64_t pixel_block(int64_t classes) {
+  constexpr int64_t kLogits = 1 << 16, kMinPixels = 16;
+  const int64_t fits = kLogits / classes & ~(kMinPixels - 1);
+  return fits > kMaxPixels ? kMaxPixels : fits < kMinPixels ? kMinPixels : fits;
+}
+
+static inline int64_t scratch_bytes(const CrossEntropyArgs& a) {
+  const int64_t width = a.pixels ? pixel_block(a.classes) : 1;
+  return a.classes * width * int64_t(a.dtype == Dtype::kF64 ? sizeof(double) : sizeof(float));
+}
+
 struct CpuEngine {
   const char* isa;
   // The loop for a rule and its dtypes; null where there is none.
   using StepKernel = void (*)(const Launch&, const Span&);
   StepKernel (*step_kernel)(const Launch&);
   // Rows [begin, end) of a cross entropy: forward (with the gradient when args.grad is set), or backward from lse.
-  // `scratch` holds `classes` floats, the calling thread's own.
-  using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end, float* scratch);
+  // `scratch` holds scratch_bytes(args), the calling thread's own.
+  using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end, void* scratch);
   CrossEntropyKernel (*cross_entropy_forward)(const CrossEntropyArgs&);
   CrossEntropyKernel (*cross_entropy_backward)(const CrossEntropyArgs&);
 };

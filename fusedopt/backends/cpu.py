@@ -147,39 +147,43 @@ def target_total(target: Tensor, weight: Tensor | None, ignore_index: int, class
     Raises:
         IndexError: a class index outside [0, classes) that is not ignore_index.
     """
-    if target.dim() == 2:
-        return float(target.shape[0])
+    if target.dim() > 1:
+        return target.numel() / classes
     return _native.target_total(target, weight, ignore_index, classes)
 
 
+def _weight_sum(logits: Tensor, rule: Any) -> float:
+    return float(logits.shape[1]) if rule.weight is None else float(rule.weight.sum(dtype=torch.float64))
+
+
 def cross_entropy_forward(
-    logits: Tensor,  # (N, V), class stride 1
-    target: Tensor,  # (N,) int64, or (N, V) probabilities in logits' dtype
-    weight: Tensor | None,  # (V,) in the compute dtype
-    ignore_index: int,
-    label_smoothing: float,
-    grad: Tensor | None,  # (N, V), written if given; may be logits itself
-    grad_factor: float,
-    loss: Tensor,  # (N,) compute dtype, written
+    logits: Tensor,  # (N, V) with class stride 1
+    target: Tensor,  # (N,) int64, or probabilities as the logits are
+    rule: Any,  # fusedopt.nn.cross_entropy.Rule; its weight (V,) contiguous in the compute dtype
+    grad: Tensor | None,  # as the logits are, written if given; may be the logits themselves
+    factor: float,  # multiplies the gradient
+    rows: Tensor,  # (N,) compute dtype, written: the losses
     lse: Tensor,  # (N,) compute dtype, written
+    stats: Any = None,  # fusedopt.nn.cross_entropy.Stats of N elements each, written if given; its lse is `lse`
 ) -> None:
-    """Row losses and log-sum-exps, and with `grad` the gradient times `grad_factor`, in one pass.
+    """Row losses and log-sum-exps, with `grad` the gradient and with `stats` the statistics, in one pass.
 
     Raises:
         IndexError: a class index out of range; nothing has been written.
     """
-    total = float(weight.sum(dtype=torch.float64)) if weight is not None else float(logits.shape[1])
+    argmax, correct, entropy = (None, None, None) if stats is None else (stats.argmax, stats.correct, stats.entropy)
     _native.cpu_cross_entropy_forward(
         logits,
         target,
-        weight,
-        total,
-        ignore_index,
-        label_smoothing,
+        rule,
+        _weight_sum(logits, rule),
         grad,
-        grad_factor,
-        loss,
+        factor,
+        rows,
         lse,
+        argmax,
+        correct,
+        entropy,
         torch.get_num_threads(),
     )
 
@@ -187,26 +191,13 @@ def cross_entropy_forward(
 def cross_entropy_backward(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    rule: Any,
     grad: Tensor,
-    grad_factor: float,
+    factor: float,
     upstream: Tensor | None,  # (N,) compute dtype
     lse: Tensor,
 ) -> None:
-    """The gradient from the saved log-sum-exps, times `grad_factor` and each row's `upstream`, rounded once."""
-    total = float(weight.sum(dtype=torch.float64)) if weight is not None else float(logits.shape[1])
+    """The gradient from the saved log-sum-exps, times `factor` and each row's `upstream`, rounded once."""
     _native.cpu_cross_entropy_backward(
-        logits,
-        target,
-        weight,
-        total,
-        ignore_index,
-        label_smoothing,
-        grad,
-        grad_factor,
-        upstream,
-        lse,
-        torch.get_num_threads(),
+        logits, target, rule, _weight_sum(logits, rule), grad, factor, upstream, lse, torch.get_num_threads()
     )

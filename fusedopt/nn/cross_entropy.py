@@ -1,41 +1,72 @@
-"""Cross entropy on rows of logits: the autograd function, and the operators registered for torch.compile.
+"""Cross entropy on a matrix of logits: the autograd function, and the operators registered for torch.compile.
 
 Eager calls go straight to the backend: dispatch through a registered operator costs more than a small loss.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedopt.backends import cpu
+from fusedopt.nn import composed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class Rule(NamedTuple):
+    """What makes a loss of logits and targets; backends take it with `weight` contiguous in the compute dtype."""
+
+    weight: Tensor | None = None  # (V,)
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class Stats(NamedTuple):
+    """Statistics of each row of s = logit_scale * logits, then s = softcap * tanh(s / softcap); no gradient flows.
+
+    Each has the index target's shape. Ignored rows have them too.
+    """
+
+    lse: Tensor  # logsumexp(s), compute dtype (float32; float64 for float64 logits)
+    argmax: (
+        Tensor  # int64: the class of the largest logit_scale * logits, as torch.argmax says; the cap keeps the order
+    )
+    correct: Tensor  # bool: argmax is the target, or the class of the largest target probability; False where ignored
+    entropy: Tensor  # -sum p log p of p = softmax(s), compute dtype, with 0 log 0 = 0
+
+
 def apply(
-    logits: Tensor,  # (N, V)
-    target: Tensor,  # (N,) int64 or (N, V) probabilities
-    weight: Tensor | None,  # (V,)
+    logits: Tensor,  # (N, V), or (B, V, P)
+    target: Tensor,  # (N,) or (B, P) int64; or probabilities of the logits' shape
+    rule: Rule,
     reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
     inplace: bool,
-) -> Tensor:
-    """The loss, () or (N,), attached to the graph of `logits`."""
+    return_stats: bool,
+) -> tuple[Tensor, Stats | None]:
+    """The loss, () or (N,) or (B, P), attached to the graph of `logits` and of probability targets; the statistics."""
     if torch.compiler.is_compiling():
         at_forward = _at_forward(logits, reduction) and torch.is_grad_enabled() and logits.requires_grad
-        return torch.ops.fusedopt.cross_entropy(
-            logits, target, weight, reduction, ignore_index, label_smoothing, at_forward
-        )[0]
-    return _CrossEntropy.apply(logits, target, weight, reduction, ignore_index, label_smoothing, inplace)
+        at_forward = at_forward and not target.requires_grad
+        loss, _, *stats = torch.ops.fusedopt.cross_entropy(logits, target, *rule, reduction, at_forward, return_stats)
+        return loss, Stats(*stats) if return_stats else None
+    stats = _new_stats(logits) if return_stats else None
+    return _CrossEntropy.apply(logits, target, rule, reduction, inplace, stats), stats
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _index_shape(logits: Tensor) -> torch.Size:
+    return logits.shape[:1] + logits.shape[2:]
+
+
+def _new_stats(logits: Tensor) -> Stats:
+    shape, dtype = _index_shape(logits), composed.compute_dtype(logits.dtype)
+    dtypes = Stats(dtype, torch.int64, torch.bool, dtype)
+    return Stats(*(torch.empty(shape, dtype=d, device=logits.device) for d in dtypes))
 
 
 def _at_forward(logits: Tensor, reduction: str) -> bool:
@@ -46,56 +77,65 @@ def _at_forward(logits: Tensor, reduction: str) -> bool:
     return reduction != "none" and logits.dtype != torch.float16
 
 
-def _factor(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int) -> float:
+def _dense(matrix: Tensor) -> Tensor:
+    """`matrix`, copied where its last dimension is not contiguous."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+
+
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether elements may share memory (an expanded tensor): they cannot hold a gradient each."""
+    reach = 0
+    for stride, size in sorted(zip(matrix.stride(), matrix.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _prepared(logits: Tensor, target: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Rule]:
+    """What a backend takes."""
+    target = _dense(target) if target.is_floating_point() else target.reshape(-1).contiguous()
+    if rule.weight is not None:
+        rule = rule._replace(weight=rule.weight.to(composed.compute_dtype(logits.dtype)).contiguous())
+    return _dense(logits), target, rule
+
+
+def _factor(logits: Tensor, target: Tensor, rule: Rule, reduction: str) -> float:
     """What the sum of row losses is multiplied by: 1, or the mean's reciprocal denominator."""
-    total = cpu.target_total(target, weight, ignore_index, logits.shape[1])  # checks the range before all else
+    # checks the range before all else
+    total = cpu.target_total(target, rule.weight, rule.ignore_index, logits.shape[1])
     if reduction != "mean":
         return 1.0
     return 1.0 / total if total != 0.0 else float("inf")  # all ignored: the mean is 0 * inf = NaN, as in stock
 
 
-def _rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-
-
 def _forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    grad: Tensor | None,
+    logits: Tensor, target: Tensor, rule: Rule, reduction: str, grad: Tensor | None, stats: Stats | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exps; `grad`, if given, receives the gradient."""
-    dtype = _compute_dtype(logits.dtype)
-    factor = _factor(logits, target, weight, reduction, ignore_index)
-    rows, lse = torch.empty(2, logits.shape[0], dtype=dtype).unbind()
-    cpu.cross_entropy_forward(logits, target, weight, ignore_index, label_smoothing, grad, factor, rows, lse)
+    """Loss and log-sum-exps; `grad` and `stats`, if given, are filled."""
+    shape = _index_shape(logits)
+    logits, target, rule = _prepared(logits, target, rule)
+    factor = _factor(logits, target, rule, reduction)
+    rows = torch.empty(shape.numel(), dtype=composed.compute_dtype(logits.dtype))
+    flat = None if stats is None else Stats(*(s.view(-1) for s in stats))
+    lse = torch.empty_like(rows) if flat is None else flat.lse
+    cpu.cross_entropy_forward(logits, target, rule, grad, factor, rows, lse, flat)
     if reduction == "none":
-        return rows, lse
-    return (rows.sum(dtype=torch.float64) * factor).to(dtype), lse
+        return rows.view(shape), lse.view(shape)
+    return (rows.sum(dtype=torch.float64) * factor).to(rows.dtype), lse.view(shape)
 
 
-def _backward(
-    upstream: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def _backward(upstream: Tensor, logits: Tensor, target: Tensor, rule: Rule, reduction: str, lse: Tensor) -> Tensor:
     """The gradient from saved logits and log-sum-exps, rounded once."""
-    factor = _factor(logits, target, weight, reduction, ignore_index)
+    logits, target, rule = _prepared(logits, target, rule)
+    factor = _factor(logits, target, rule, reduction)
     grad = cpu.scratch.empty(logits.shape, logits.dtype)
     rows = None
     if reduction == "none":
-        rows = upstream.to(lse.dtype).contiguous()
+        rows = upstream.to(lse.dtype).reshape(-1).contiguous()
     else:
         factor *= float(upstream)
-    cpu.cross_entropy_backward(logits, target, weight, ignore_index, label_smoothing, grad, factor, rows, lse)
+    cpu.cross_entropy_backward(logits, target, rule, grad, factor, rows, lse.reshape(-1))
     return grad
 
 
@@ -105,91 +145,76 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         target: Tensor,
-        weight: Tensor | None,
+        rule: Rule,
         reduction: str,
-        ignore_index: int,
-        label_smoothing: float,
         inplace: bool,
+        stats: Stats | None,
     ) -> Tensor:
-        x = _rows(logits)
-        target = _rows(target) if target.dim() == 2 else target.contiguous()
-        scale = weight if weight is None else weight.detach().to(_compute_dtype(x.dtype)).contiguous()
-        ctx.options = (reduction, ignore_index, label_smoothing)
+        ctx.rule, ctx.reduction = rule._replace(weight=None), reduction
         ctx.grad = None
         ctx.inplace = False
-        ctx.needs = ctx.needs_input_grad[0]
-        if ctx.needs and _at_forward(x, reduction):
-            # rows that overlap (an expanded tensor) cannot hold a gradient each
-            ctx.inplace = inplace and (x.shape[0] == 1 or x.stride(0) >= x.shape[1])
+        for_logits, for_target = ctx.needs_input_grad[:2]
+        x = _dense(logits)
+        if for_logits and _at_forward(x, reduction):
+            ctx.inplace = inplace and not for_target and not _overlaps(x)
             ctx.grad = x if ctx.inplace else cpu.scratch.empty(x.shape, x.dtype)
-        loss, lse = _forward(x, target, scale, reduction, ignore_index, label_smoothing, ctx.grad)
+        loss, lse = _forward(x, target, rule, reduction, ctx.grad, stats)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # whoever saved the logits learns that they are gone
-        elif ctx.needs:
-            ctx.save_for_backward(logits, target, weight, lse)
+        elif for_logits or for_target:
+            ctx.save_for_backward(logits, target, rule.weight, lse)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 6
-        if not ctx.needs:
-            return None, *rest
-        reduction, ignore_index, label_smoothing = ctx.options
-        if torch.is_grad_enabled():  # create_graph: stock knows how to differentiate again
-            if ctx.inplace:
-                raise RuntimeError(
-                    "cross_entropy(inplace=True) overwrote the logits, so it cannot be differentiated twice; "
-                    "use inplace=False"
-                )
-            logits, target, weight, _ = ctx.saved_tensors
-            return _stock_grad(upstream, logits, target, weight, *ctx.options), *rest
-        if not _at_forward_done(ctx):
-            logits, target, weight, lse = ctx.saved_tensors
-            scale = weight if weight is None else weight.to(lse.dtype).contiguous()
-            x = _rows(logits)
-            return _backward(upstream, x, target, scale, lse, reduction, ignore_index, label_smoothing), *rest
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            return ctx.grad * upstream, *rest
-        grad, ctx.grad = ctx.grad, None
-        if float(upstream) != 1.0:
-            grad.mul_(upstream)
-        return grad, *rest
+        for_logits, for_target = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # create_graph: torch's operators know how to differentiate again
+            return *_differentiable(ctx, upstream), None, None, None, None
+        grad = _logits_grad(ctx, upstream) if for_logits else None
+        target_grad = None
+        if for_target:
+            logits, _, weight, lse = ctx.saved_tensors
+            target_grad = composed.target_grad(upstream, logits, lse, ctx.rule._replace(weight=weight), ctx.reduction)
+        return grad, target_grad, None, None, None, None
+
+
+def _logits_grad(ctx: Any, upstream: Tensor) -> Tensor:
+    if not _at_forward_done(ctx):
+        logits, target, weight, lse = ctx.saved_tensors
+        return _backward(upstream, logits, target, ctx.rule._replace(weight=weight), ctx.reduction, lse)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return ctx.grad * upstream
+    grad, ctx.grad = ctx.grad, None
+    if float(upstream) != 1.0:
+        grad.mul_(upstream)
+    return grad
 
 
 def _at_forward_done(ctx: Any) -> bool:
     """Whether forward wrote the gradient; raises if a backward without retain_graph has already used it up."""
     if ctx.grad is not None:
         return True
-    reduction = ctx.options[0]
     if ctx.inplace:
         raise RuntimeError(
             "Trying to backward through the graph a second time: cross_entropy(inplace=True) has handed its gradient "
             "on. Specify retain_graph=True if you need to backward through the graph a second time."
         )
     logits = ctx.saved_tensors[0]  # raises autograd's own error once freed
-    return _at_forward(logits, reduction)
+    return _at_forward(logits, ctx.reduction)
 
 
-def _stock_grad(
-    upstream: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """The gradient as a differentiable function of logits and upstream, by stock's kernels."""
-    dtype = _compute_dtype(logits.dtype)
-    loss = F.cross_entropy(
-        logits.to(dtype),
-        target.to(dtype) if target.is_floating_point() else target,
-        None if weight is None else weight.to(dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    return torch.autograd.grad(loss, logits, upstream, create_graph=True)[0]
+def _differentiable(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """The gradients of logits and targets as differentiable functions of them and of upstream."""
+    if ctx.inplace:
+        raise RuntimeError(
+            "cross_entropy(inplace=True) overwrote the logits, so it cannot be differentiated twice; use inplace=False"
+        )
+    logits, target, weight, _ = ctx.saved_tensors
+    loss = composed.cross_entropy(logits, target, ctx.rule._replace(weight=weight), ctx.reduction)
+    needs = ctx.needs_input_grad[:2]
+    inputs = [t for t, needed in zip((logits, target), needs, strict=True) if needed]
+    grads = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
+    return [next(grads) if needed else None for needed in needs]
 
 
 # --- torch.compile sees these two, opaque, with their shapes ---
@@ -200,26 +225,31 @@ def _op(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    reduction: str,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient (empty unless with_grad) and log-sum-exps."""
-    x = _rows(logits)
-    target = _rows(target) if target.dim() == 2 else target.contiguous()
-    scale = weight if weight is None else weight.to(_compute_dtype(x.dtype)).contiguous()
-    grad = cpu.scratch.empty(x.shape, x.dtype) if with_grad else None
-    loss, lse = _forward(x, target, scale, reduction, ignore_index, label_smoothing, grad)
-    return loss.clone(), x.new_empty(0) if grad is None else grad, lse.clone()
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient (empty unless with_grad), log-sum-exps, and the other statistics (empty unless with_stats)."""
+    rule = Rule(weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    grad = cpu.scratch.empty(logits.shape, logits.dtype) if with_grad else None
+    stats = _new_stats(logits) if with_stats else None
+    loss, lse = _forward(logits, target, rule, reduction, grad, stats)
+    none = [logits.new_empty(0, dtype=d) for d in (torch.int64, torch.bool, lse.dtype)]
+    return loss, logits.new_empty(0) if grad is None else grad, lse, *(none if stats is None else stats[1:])
 
 
 @_op.register_fake
-def _(logits, target, weight, reduction, ignore_index, label_smoothing, with_grad):  # type: ignore[no-untyped-def]
-    dtype = _compute_dtype(logits.dtype)
-    rows = logits.shape[0]
-    loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
-    return loss, logits.new_empty(logits.shape if with_grad else (0,)), logits.new_empty((rows,), dtype=dtype)
+def _(logits, target, *rule_reduction_with_grad_with_stats):  # type: ignore[no-untyped-def]
+    *_, reduction, with_grad, with_stats = rule_reduction_with_grad_with_stats
+    lse, *rest = _new_stats(logits)
+    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
+    grad = logits.new_empty(logits.shape if with_grad else (0,))
+    return loss, grad, lse, *(rest if with_stats else [r.new_empty(0) for r in rest])
 
 
 @torch.library.custom_op("fusedopt::cross_entropy_backward", mutates_args=(), device_types="cpu")
@@ -228,36 +258,44 @@ def _backward_op(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
-    reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    reduction: str,
+    lse: Tensor,
 ) -> Tensor:
-    target = _rows(target) if target.dim() == 2 else target.contiguous()
-    scale = weight if weight is None else weight.to(lse.dtype).contiguous()
-    x = logits.contiguous()
-    return _backward(upstream, x, target, scale, lse, reduction, ignore_index, label_smoothing)
+    rule = Rule(weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return _backward(upstream, logits, target, rule, reduction, lse)
 
 
 @_backward_op.register_fake
-def _(upstream, logits, target, weight, lse, reduction, ignore_index, label_smoothing):  # type: ignore[no-untyped-def]
+def _(upstream, logits, *rest):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, weight, reduction, ignore_index, label_smoothing, ctx.with_grad = inputs
-    _, grad, lse = output
-    ctx.mark_non_differentiable(grad, lse)
-    ctx.options = (reduction, ignore_index, label_smoothing)
-    ctx.save_for_backward(*((grad,) if ctx.with_grad else (logits, target, weight, lse)))
+    logits, target, *rule, ctx.reduction, ctx.with_grad, _ = inputs
+    _, grad, lse, *rest = output
+    ctx.mark_non_differentiable(grad, lse, *rest)
+    ctx.rule = Rule(None, *rule[1:])
+    ctx.save_for_backward(*((grad,) if ctx.with_grad else (logits, target, rule[0], lse)))
 
 
 def _op_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 9
     if ctx.with_grad:
-        grad = ctx.saved_tensors[0] * upstream.to(ctx.saved_tensors[0].dtype)
-    else:
-        grad = torch.ops.fusedopt.cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None, None, None
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, *rest
+    logits, target, weight, lse = ctx.saved_tensors
+    rule = ctx.rule._replace(weight=weight)
+    grad = target_grad = None
+    if ctx.needs_input_grad[0]:
+        grad = torch.ops.fusedopt.cross_entropy_backward(upstream, logits, target, *rule, ctx.reduction, lse)
+    if ctx.needs_input_grad[1]:
+        target_grad = composed.target_grad(upstream, logits, lse, rule, ctx.reduction)
+    return grad, target_grad, *rest
 
 
 _op.register_autograd(_op_backward, setup_context=_setup_context)

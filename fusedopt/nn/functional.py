@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from torch.overrides import has_torch_function_variadic
 
 from fusedopt import backends
 from fusedopt.backends import cpu
+from fusedopt.nn import composed
 from fusedopt.nn import cross_entropy as _fused
+from fusedopt.nn.cross_entropy import Stats
 
-__all__ = ["cross_entropy"]
+__all__ = ["Stats", "cross_entropy"]
+
+PIXELS = 16  # fewer neighbours do not fill a vector: copying them into rows costs less
 
 
 def cross_entropy(
@@ -27,66 +32,113 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     inplace: bool = False,
+    return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Stats]:
     """Same as `torch.nn.functional.cross_entropy`, with loss and gradient in one pass over the logits.
 
-        loss_i = -w[y_i] log softmax(x_i)[y_i]
+        s_i    = logit_scale x_i,  then  softcap tanh(s_i / softcap)  if softcap is given
+        loss_i = -w[y_i] log softmax(s_i)[y_i]  +  z_loss logsumexp(s_i)^2
+
+    "mean" divides the z-loss by what it divides the loss by: the summed weight of the targets, or the number of rows of
+    probabilities.
+
+    (N, C, d1, ...) is read as it lies, and the gradient lies likewise: neither is copied into rows of classes, unless
+    d1 ... are fewer than 16 elements or cannot be walked with one stride.
 
     For reductions "mean" and "sum" the gradient is written during forward, so backward only multiplies by the upstream
     gradient; "none" and float16 keep the log-sum-exp and write the gradient, rounded once, in backward. Between forward
-    and backward the logits may be changed in place in the first case, as with stock; in the second autograd raises.
+    and backward the logits may be changed in place in the first case, as with stock; in the second, or where
+    probability targets need a gradient, autograd raises.
 
     Args:
         input (Tensor): logits (C), (N, C) or (N, C, d1, ...), float32, bfloat16, float16 or float64.
-        target (Tensor): int64 class indices of the input's shape without C, or probabilities of the input's shape.
-        weight (Tensor): per class (C), input's dtype.
+        target (Tensor): int64 class indices of the input's shape without C, or probabilities of the input's shape and
+            dtype, which may need a gradient.
+        weight (Tensor): per class (C), input's dtype. One that needs a gradient is left to torch, which has none of it
+            for class indices.
         size_average, reduce: deprecated, as in torch.
         ignore_index (int): targets that add neither loss nor gradient.
         reduction (str): "none", "mean" or "sum".
         label_smoothing (float): in [0, 1].
+        z_loss (float): at least 0; keeps the log-sum-exp near 0. Liger calls it lse_square_scale.
+        softcap (float): above 0; keeps s within (-softcap, softcap).
+        logit_scale (float): multiplies the logits, as a reciprocal temperature does.
         inplace (bool): let the gradient overwrite the logits: half the memory. `input` must not be used afterwards.
+        return_stats (bool): return `Stats` beside the loss, from the same pass.
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (PyTorch's own kernels).
 
     Returns:
-        The loss: a scalar, or of the index target's shape for "none"; float32 (float64 for float64 logits).
+        The loss: a scalar, or of the index target's shape for "none"; float32 (float64 for float64 logits). With
+        return_stats, `(loss, Stats(lse, argmax, correct, entropy))`.
 
     Raises:
         IndexError: a target outside [0, C) that is not ignore_index; nothing has been computed.
+        TypeError, ValueError: z_loss, softcap or logit_scale is no number, or out of its range.
         What torch raises, for everything else that it raises on.
 
-    Source: `torch.nn.functional.cross_entropy`; Milakov & Gimelshein 2018 for the online normaliser.
+    Source: `torch.nn.functional.cross_entropy`; Milakov & Gimelshein 2018 for the online normaliser; Chowdhery et al.
+    2022 (PaLM) for the z-loss; Gemma Team 2024 (Gemma 2) for the soft cap.
     """
-    if has_torch_function_variadic(input, target, weight):
+    check_extras(z_loss, softcap, logit_scale)
+    extras = return_stats or z_loss != 0.0 or softcap is not None or logit_scale != 1.0
+    if has_torch_function_variadic(input, target, weight) and not extras:
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    rule = _fused.Rule(weight, ignore_index, label_smoothing, float(z_loss), softcap, float(logit_scale))
     if not _fusable(input, target, weight, reduction, label_smoothing, backend):
-        if input.dtype in (torch.bfloat16, torch.float16):  # the loss is float32 whoever computes it
-            input = input.float()
-            target = target.float() if target.is_floating_point() else target
-            weight = None if weight is None else weight.float()
-        return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+        loss = composed.cross_entropy(input, target, rule, reduction)
+        return (loss, Stats(*composed.statistics(input, target, rule))) if return_stats else loss
 
-    classes_last = input.movedim(1, -1) if input.dim() > 2 else input
-    rows_shape = classes_last.shape[:-1]
-    logits = classes_last.reshape(-1, classes_last.shape[-1])
-    if target.is_floating_point():
-        target = target.movedim(1, -1) if target.dim() > 2 else target
-        target = target.reshape(-1, classes_last.shape[-1])
-    else:
-        target = target.reshape(-1)
-    loss = _fused.apply(logits, target, weight, reduction, ignore_index, label_smoothing, inplace)
-    return loss.reshape(rows_shape) if reduction == "none" else loss
+    rows_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    logits, target = _matrices(input, target)
+    loss, stats = _fused.apply(logits, target, rule, reduction, inplace, return_stats)
+    if reduction == "none":
+        loss = loss.reshape(rows_shape)
+    return (loss, Stats(*(s.reshape(rows_shape) for s in stats))) if return_stats else loss
+
+
+def check_extras(z_loss: float, softcap: float | None, logit_scale: float) -> None:
+    """Raise unless a loss can be told so.
+
+    Raises:
+        TypeError: one is no number; a tensor among them, whose gradient would be lost.
+        ValueError: one is out of its range.
+    """
+    for name, value in (("z_loss", z_loss), ("softcap", softcap), ("logit_scale", logit_scale)):
+        if not isinstance(value, (int, float)) and not (name == "softcap" and value is None):
+            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss} must be finite and at least 0")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be finite and above 0; None is for no cap")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale={logit_scale} must be finite")
+
+
+def _matrices(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, d1, ...) and its targets as (rows, C), or (N, C, pixels) where that is how the logits lie."""
+    pixels = math.prod(input.shape[2:])
+    if input.dim() > 2 and input.stride(1) != 1 and pixels >= PIXELS:
+        logits = input.flatten(2)
+        return logits, target.flatten(2) if target.is_floating_point() else target.flatten(1)
+
+    def rows(tensor: Tensor) -> Tensor:
+        classes_last = tensor.movedim(1, -1) if tensor.dim() > 2 else tensor
+        return classes_last.reshape(-1, classes_last.shape[-1])
+
+    return rows(input), rows(target) if target.is_floating_point() else target.reshape(-1)
 
 
 def _fusable(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, backend: str
 ) -> bool:
-    """Whether the fused path takes the call; what it leaves is stock's to compute or to refuse."""
+    """Whether the fused path takes the call; what it leaves is torch's to compute or to refuse."""
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)) or input.dim() == 0 or input.numel() == 0:
         return False
     if not torch.compiler.is_compiling():
@@ -97,7 +149,9 @@ def _fusable(
             return False
     if backend == "reference" or input.device.type != "cpu" or not cpu.READY:
         return False
-    class_dim = 0 if input.dim() == 1 else 1
+    if has_torch_function_variadic(input, target, weight):
+        return False
+    class_dim = composed.class_dim(input)
     index_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     if target.shape == input.shape:
         fits = target.dtype == input.dtype
@@ -106,10 +160,9 @@ def _fusable(
     if weight is not None:
         fits = fits and weight.dtype == input.dtype and weight.shape == (input.shape[class_dim],)
         fits = fits and weight.device == input.device
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (target, weight))
+        fits = fits and not (torch.is_grad_enabled() and weight.requires_grad)
     return (
         fits
-        and not differentiable
         and input.dtype in _fused.DTYPES
         and target.device == input.device
         and input.layout == target.layout == torch.strided

@@ -17,13 +17,21 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     Args: those of `torch.nn.CrossEntropyLoss`, and
 
+        z_loss (float): weight of the squared log-sum-exp that is added to each row's loss (default: 0).
+        softcap (float): logits become softcap tanh(logits / softcap), after the scale (default: None).
+        logit_scale (float): multiplies the logits (default: 1).
         inplace (bool): let the gradient overwrite the logits, which then hold no logits any more (default: False).
+        return_stats (bool): return `(loss, fusedopt.nn.functional.Stats)` (default: False).
         backend (str): "auto", "cpu", "cuda", "triton" or "reference".
 
     Shape: input (C), (N, C) or (N, C, d1, ...); target () / (N) / (N, d1, ...) int64 class indices, or probabilities
     of the input's shape; output a scalar, or the target's index shape for reduction "none".
 
-    Source: `torch.nn.CrossEntropyLoss`.
+    Raises:
+        TypeError, ValueError: z_loss, softcap or logit_scale is no number, or out of its range.
+
+    Source: `torch.nn.CrossEntropyLoss`; Chowdhery et al. 2022 (PaLM) for the z-loss; Gemma Team 2024 (Gemma 2) for the
+    soft cap.
     """
 
     def __init__(
@@ -35,14 +43,20 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
         inplace: bool = False,
+        return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.inplace = inplace
+        functional.check_extras(z_loss, softcap, logit_scale)
+        self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
+        self.inplace, self.return_stats = inplace, return_stats
         self.backend = backends.check(backend)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, functional.Stats]:
         return functional.cross_entropy(
             input,
             target,
@@ -50,6 +64,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
             inplace=self.inplace,
+            return_stats=self.return_stats,
             backend=self.backend,
         )

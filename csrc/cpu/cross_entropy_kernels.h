@@ -1,0 +1,49 @@
+// From what a cross entropy is told to the loop compiled for it, in one build of the CPU engine.
+#pragma once
+#include "../softmax.h"
+#include "engine.h"
+
+namespace fusedopt::FUSEDOPT_ISA {
+
+using CrossEntropyKernel = CpuEngine::CrossEntropyKernel;
+
+// For (batch, classes, pixels)
+CrossEntropyKernel pixels_forward(const CrossEntropyArgs& a);
+CrossEntropyKernel pixels_backward(const CrossEntropyArgs& a);
+
+namespace {
+
+template <class Pass>
+CrossEntropyKernel for_target(const CrossEntropyArgs& a) {
+  if (a.probabilities)
+    return a.weight ? Pass::template kernel<Target::kProbability, true>
+                    : Pass::template kernel<Target::kProbability, false>;
+  if (a.label_smoothing == 0) return Pass::template kernel<Target::kIndex, false>;
+  return a.weight ? Pass::template kernel<Target::kSmoothedIndex, true>
+                  : Pass::template kernel<Target::kSmoothedIndex, false>;
+}
+
+template <template <class, bool kCapped, bool kEntropy> class Pass, class S>
+CrossEntropyKernel for_logits(const CrossEntropyArgs& a) {
+  if (a.softcap != 0) return for_target<Pass<S, true, true>>(a);  // beside a tanh the entropy costs nothing
+  return a.argmax ? for_target<Pass<S, false, true>>(a) : for_target<Pass<S, false, false>>(a);
+}
+
+template <template <class, bool kCapped, bool kEntropy> class Pass>
+CrossEntropyKernel cross_entropy_kernel(const CrossEntropyArgs& a) {
+  switch (a.dtype) {
+    case Dtype::kF64:
+      return for_logits<Pass, double>(a);
+    case Dtype::kF32:
+      return for_logits<Pass, float>(a);
+    case Dtype::kBF16:
+      return for_logits<Pass, bf16>(a);
+    case Dtype::kF16:
+      return for_logits<Pass, f16>(a);
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace
+}  // namespace fusedopt::FUSEDOPT_ISA
