@@ -370,13 +370,13 @@ def test_registered_operators(with_grad, reduction):
     x = torch.randn(5, 7, requires_grad=True)
     y = torch.tensor([0, 1, 2, 3, 4])
     rule = (torch.rand(7), -100, 0.1, 1e-3, 20.0, 0.5)
-    arguments = (x, y, *rule, reduction, with_grad, True)
+    arguments = (x, y, *rule, reduction, with_grad, True, "cpu")
     torch.library.opcheck(torch.ops.fusedopt.cross_entropy.default, arguments)
     lse = torch.ops.fusedopt.cross_entropy(*arguments)[2]
     upstream = torch.ones(5 if reduction == "none" else ())
     torch.library.opcheck(
         torch.ops.fusedopt.cross_entropy_backward.default,
-        (upstream, x.detach(), y, *rule, reduction, lse.detach()),
+        (upstream, x.detach(), y, *rule, reduction, lse.detach(), "cpu"),
     )
 
 

@@ -6,7 +6,8 @@ would mend that. It offers, each optional:
 - `device_types`: the `torch.device.type`s whose tensors it takes; `covers(device)`: whether this very device is among
   them, where not all of a type need be;
 - `supports(rule, param, grad, state)` and `step(table, groups)` for optimizers;
-- `cross_entropy_forward(...)` and `cross_entropy_backward(...)` for losses.
+- `cross_entropy_forward(...)` and `cross_entropy_backward(...)` for losses, of logits of `LOSS_DTYPES` as matrices, or
+  with pixels too where `takes_pixels`; with them `target_factor`, `total_loss`, `new_gradient` and `scale_`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,21 @@ def select(name: str, device: torch.device) -> ModuleType:
         return module(name)
     # drivers are asked only for tensors of their own: a process that trains on the CPU leaves its GPUs alone
     return next(m for m in map(module, NAMES) if _of_type(m, device) and m.available() is True and takes(m, device))
+
+
+@torch.compiler.assume_constant_result
+def for_losses(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend whose loss kernels take logits so, when the user asked for `name`; "" for torch's own."""
+    if module("cpu").available() is not True:  # its library holds CUDA's kernels too
+        return ""
+    backend = select(name, device)
+    return backend.name if dtype in getattr(backend, "LOSS_DTYPES", ()) and takes(backend, device) else ""
+
+
+@torch.compiler.assume_constant_result
+def takes_pixels(name: str) -> bool:
+    """Whether a backend's loss kernels take (N, C, d1, ...) as it lies."""
+    return module(name).takes_pixels
 
 
 def _of_type(backend: ModuleType, device: torch.device) -> bool:

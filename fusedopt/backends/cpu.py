@@ -141,6 +141,37 @@ class _Scratch:
 scratch = _Scratch()
 
 
+LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+takes_pixels = True
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the logits' shape and dtype."""
+    return scratch.empty(logits.shape, logits.dtype)
+
+
+def target_factor(target: Tensor, rule: Any, classes: int, mean: bool) -> float:
+    """What the sum of row losses is multiplied by: 1, or the mean's reciprocal denominator.
+
+    Raises:
+        IndexError: a class index outside [0, classes) that is not ignore_index.
+    """
+    total = target_total(target, rule.weight, rule.ignore_index, classes)  # checks the range before all else
+    if not mean:
+        return 1.0
+    return 1.0 / total if total != 0.0 else float("inf")  # all ignored: the mean is 0 * inf = NaN, as in stock
+
+
+def total_loss(rows: Tensor, factor: float) -> Tensor:
+    """() of `rows`' dtype: `factor` times their sum."""
+    return (rows.sum(dtype=torch.float64) * factor).to(rows.dtype)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by a scalar, in place; where that is 1, nothing moves."""
+    return tensor if float(factor) == 1.0 else tensor.mul_(factor)
+
+
 def target_total(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int) -> float:
     """The mean's denominator: the number, or summed weight, of the rows that count.
 
@@ -178,7 +209,7 @@ def cross_entropy_forward(
         rule,
         _weight_sum(logits, rule),
         grad,
-        factor,
+        float(factor),
         rows,
         lse,
         argmax,
@@ -199,5 +230,5 @@ def cross_entropy_backward(
 ) -> None:
     """The gradient from the saved log-sum-exps, times `factor` and each row's `upstream`, rounded once."""
     _native.cpu_cross_entropy_backward(
-        logits, target, rule, _weight_sum(logits, rule), grad, factor, upstream, lse, torch.get_num_threads()
+        logits, target, rule, _weight_sum(logits, rule), grad, float(factor), upstream, lse, torch.get_num_threads()
     )

@@ -221,6 +221,15 @@ def raise_bad_target() -> None:
         raise IndexError(f"Target {value} is out of bounds. (row {row} of an earlier loss on a GPU, which became NaN)")
 
 
+LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+takes_pixels = False
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the logits' shape and dtype."""
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
 def target_factor(target: Tensor, rule: Any, classes: int, mean: bool) -> Tensor:
     """What the sum of row losses is multiplied by, () float32: 1, or the reciprocal of the mean's denominator."""
     raise_bad_target()

@@ -5,15 +5,14 @@ Eager calls go straight to the backend: dispatch through a registered operator c
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedopt.backends import cpu
+from fusedopt import backends
 from fusedopt.nn import composed
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Rule(NamedTuple):
@@ -48,15 +47,18 @@ def apply(
     reduction: str,
     inplace: bool,
     return_stats: bool,
+    backend: str,  # of backends.for_losses
 ) -> tuple[Tensor, Stats | None]:
     """The loss, () or (N,) or (B, P), attached to the graph of `logits` and of probability targets; the statistics."""
     if torch.compiler.is_compiling():
         at_forward = _at_forward(logits, reduction) and torch.is_grad_enabled() and logits.requires_grad
         at_forward = at_forward and not target.requires_grad
-        loss, _, *stats = torch.ops.fusedopt.cross_entropy(logits, target, *rule, reduction, at_forward, return_stats)
+        loss, _, *stats = torch.ops.fusedopt.cross_entropy(
+            logits, target, *rule, reduction, at_forward, return_stats, backend
+        )
         return loss, Stats(*stats) if return_stats else None
     stats = _new_stats(logits) if return_stats else None
-    return _CrossEntropy.apply(logits, target, rule, reduction, inplace, stats), stats
+    return _CrossEntropy.apply(logits, target, rule, reduction, inplace, stats, backends.module(backend)), stats
 
 
 def _index_shape(logits: Tensor) -> torch.Size:
@@ -100,42 +102,41 @@ def _prepared(logits: Tensor, target: Tensor, rule: Rule) -> tuple[Tensor, Tenso
     return _dense(logits), target, rule
 
 
-def _factor(logits: Tensor, target: Tensor, rule: Rule, reduction: str) -> float:
-    """What the sum of row losses is multiplied by: 1, or the mean's reciprocal denominator."""
-    # checks the range before all else
-    total = cpu.target_total(target, rule.weight, rule.ignore_index, logits.shape[1])
-    if reduction != "mean":
-        return 1.0
-    return 1.0 / total if total != 0.0 else float("inf")  # all ignored: the mean is 0 * inf = NaN, as in stock
-
-
 def _forward(
-    logits: Tensor, target: Tensor, rule: Rule, reduction: str, grad: Tensor | None, stats: Stats | None
+    logits: Tensor,
+    target: Tensor,
+    rule: Rule,
+    reduction: str,
+    grad: Tensor | None,
+    stats: Stats | None,
+    kernels: ModuleType,
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exps; `grad` and `stats`, if given, are filled."""
     shape = _index_shape(logits)
     logits, target, rule = _prepared(logits, target, rule)
-    factor = _factor(logits, target, rule, reduction)
-    rows = torch.empty(shape.numel(), dtype=composed.compute_dtype(logits.dtype))
+    factor = kernels.target_factor(target, rule, logits.shape[1], reduction == "mean")
+    rows = torch.empty(shape.numel(), dtype=composed.compute_dtype(logits.dtype), device=logits.device)
     flat = None if stats is None else Stats(*(s.view(-1) for s in stats))
     lse = torch.empty_like(rows) if flat is None else flat.lse
-    cpu.cross_entropy_forward(logits, target, rule, grad, factor, rows, lse, flat)
+    kernels.cross_entropy_forward(logits, target, rule, grad, factor, rows, lse, flat)
     if reduction == "none":
         return rows.view(shape), lse.view(shape)
-    return (rows.sum(dtype=torch.float64) * factor).to(rows.dtype), lse.view(shape)
+    return kernels.total_loss(rows, factor), lse.view(shape)
 
 
-def _backward(upstream: Tensor, logits: Tensor, target: Tensor, rule: Rule, reduction: str, lse: Tensor) -> Tensor:
+def _backward(
+    upstream: Tensor, logits: Tensor, target: Tensor, rule: Rule, reduction: str, lse: Tensor, kernels: ModuleType
+) -> Tensor:
     """The gradient from saved logits and log-sum-exps, rounded once."""
     logits, target, rule = _prepared(logits, target, rule)
-    factor = _factor(logits, target, rule, reduction)
-    grad = cpu.scratch.empty(logits.shape, logits.dtype)
+    factor = kernels.target_factor(target, rule, logits.shape[1], reduction == "mean")
+    grad = kernels.new_gradient(logits)
     rows = None
     if reduction == "none":
         rows = upstream.to(lse.dtype).reshape(-1).contiguous()
     else:
-        factor *= float(upstream)
-    cpu.cross_entropy_backward(logits, target, rule, grad, factor, rows, lse.reshape(-1))
+        factor = factor * upstream
+    kernels.cross_entropy_backward(logits, target, rule, grad, factor, rows, lse.reshape(-1))
     return grad
 
 
@@ -149,16 +150,17 @@ class _CrossEntropy(torch.autograd.Function):
         reduction: str,
         inplace: bool,
         stats: Stats | None,
+        kernels: ModuleType,
     ) -> Tensor:
-        ctx.rule, ctx.reduction = rule._replace(weight=None), reduction
+        ctx.rule, ctx.reduction, ctx.kernels = rule._replace(weight=None), reduction, kernels
         ctx.grad = None
         ctx.inplace = False
         for_logits, for_target = ctx.needs_input_grad[:2]
         x = _dense(logits)
         if for_logits and _at_forward(x, reduction):
             ctx.inplace = inplace and not for_target and not _overlaps(x)
-            ctx.grad = x if ctx.inplace else cpu.scratch.empty(x.shape, x.dtype)
-        loss, lse = _forward(x, target, rule, reduction, ctx.grad, stats)
+            ctx.grad = x if ctx.inplace else kernels.new_gradient(x)
+        loss, lse = _forward(x, target, rule, reduction, ctx.grad, stats, kernels)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # whoever saved the logits learns that they are gone
         elif for_logits or for_target:
@@ -167,27 +169,26 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 5
         for_logits, for_target = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph: torch's operators know how to differentiate again
-            return *_differentiable(ctx, upstream), None, None, None, None
+            return *_differentiable(ctx, upstream), *rest
         grad = _logits_grad(ctx, upstream) if for_logits else None
         target_grad = None
         if for_target:
             logits, _, weight, lse = ctx.saved_tensors
             target_grad = composed.target_grad(upstream, logits, lse, ctx.rule._replace(weight=weight), ctx.reduction)
-        return grad, target_grad, None, None, None, None
+        return grad, target_grad, *rest
 
 
 def _logits_grad(ctx: Any, upstream: Tensor) -> Tensor:
     if not _at_forward_done(ctx):
         logits, target, weight, lse = ctx.saved_tensors
-        return _backward(upstream, logits, target, ctx.rule._replace(weight=weight), ctx.reduction, lse)
+        return _backward(upstream, logits, target, ctx.rule._replace(weight=weight), ctx.reduction, lse, ctx.kernels)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return ctx.grad * upstream
     grad, ctx.grad = ctx.grad, None
-    if float(upstream) != 1.0:
-        grad.mul_(upstream)
-    return grad
+    return ctx.kernels.scale_(grad, upstream) if grad.is_contiguous() else grad.mul_(upstream)
 
 
 def _at_forward_done(ctx: Any) -> bool:
@@ -220,7 +221,7 @@ def _differentiable(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
 # --- torch.compile sees these two, opaque, with their shapes ---
 
 
-@torch.library.custom_op("fusedopt::cross_entropy", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fusedopt::cross_entropy", mutates_args=())
 def _op(
     logits: Tensor,
     target: Tensor,
@@ -233,26 +234,28 @@ def _op(
     reduction: str,
     with_grad: bool,
     with_stats: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, gradient (empty unless with_grad), log-sum-exps, and the other statistics (empty unless with_stats)."""
     rule = Rule(weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    grad = cpu.scratch.empty(logits.shape, logits.dtype) if with_grad else None
+    kernels = backends.module(backend)
+    grad = kernels.new_gradient(logits) if with_grad else None
     stats = _new_stats(logits) if with_stats else None
-    loss, lse = _forward(logits, target, rule, reduction, grad, stats)
+    loss, lse = _forward(logits, target, rule, reduction, grad, stats, kernels)
     none = [logits.new_empty(0, dtype=d) for d in (torch.int64, torch.bool, lse.dtype)]
     return loss, logits.new_empty(0) if grad is None else grad, lse, *(none if stats is None else stats[1:])
 
 
 @_op.register_fake
-def _(logits, target, *rule_reduction_with_grad_with_stats):  # type: ignore[no-untyped-def]
-    *_, reduction, with_grad, with_stats = rule_reduction_with_grad_with_stats
+def _(logits, target, *options):  # type: ignore[no-untyped-def]
+    *_, reduction, with_grad, with_stats, _ = options
     lse, *rest = _new_stats(logits)
     loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
     grad = logits.new_empty(logits.shape if with_grad else (0,))
     return loss, grad, lse, *(rest if with_stats else [r.new_empty(0) for r in rest])
 
 
-@torch.library.custom_op("fusedopt::cross_entropy_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fusedopt::cross_entropy_backward", mutates_args=())
 def _backward_op(
     upstream: Tensor,
     logits: Tensor,
@@ -265,9 +268,10 @@ def _backward_op(
     logit_scale: float,
     reduction: str,
     lse: Tensor,
+    backend: str,
 ) -> Tensor:
     rule = Rule(weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return _backward(upstream, logits, target, rule, reduction, lse)
+    return _backward(upstream, logits, target, rule, reduction, lse, backends.module(backend))
 
 
 @_backward_op.register_fake
@@ -276,7 +280,7 @@ def _(upstream, logits, *rest):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, *rule, ctx.reduction, ctx.with_grad, _ = inputs
+    logits, target, *rule, ctx.reduction, ctx.with_grad, _, ctx.backend = inputs
     _, grad, lse, *rest = output
     ctx.mark_non_differentiable(grad, lse, *rest)
     ctx.rule = Rule(None, *rule[1:])
@@ -284,7 +288,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _op_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 9
+    rest = (None,) * 10
     if ctx.with_grad:
         (grad,) = ctx.saved_tensors
         return grad * upstream.to(grad.dtype), None, *rest
@@ -292,7 +296,9 @@ def _op_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None,
     rule = ctx.rule._replace(weight=weight)
     grad = target_grad = None
     if ctx.needs_input_grad[0]:
-        grad = torch.ops.fusedopt.cross_entropy_backward(upstream, logits, target, *rule, ctx.reduction, lse)
+        grad = torch.ops.fusedopt.cross_entropy_backward(
+            upstream, logits, target, *rule, ctx.reduction, lse, ctx.backend
+        )
     if ctx.needs_input_grad[1]:
         target_grad = composed.target_grad(upstream, logits, lse, rule, ctx.reduction)
     return grad, target_grad, *rest

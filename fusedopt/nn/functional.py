@@ -12,7 +12,6 @@ from torch.nn import _reduction
 from torch.overrides import has_torch_function_variadic
 
 from fusedopt import backends
-from fusedopt.backends import cpu
 from fusedopt.nn import composed
 from fusedopt.nn import cross_entropy as _fused
 from fusedopt.nn.cross_entropy import Stats
@@ -91,13 +90,14 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     rule = _fused.Rule(weight, ignore_index, label_smoothing, float(z_loss), softcap, float(logit_scale))
-    if not _fusable(input, target, weight, reduction, label_smoothing, backend):
+    kernels = _kernels(input, target, weight, reduction, label_smoothing, backend)
+    if not kernels:
         loss = composed.cross_entropy(input, target, rule, reduction)
         return (loss, Stats(*composed.statistics(input, target, rule))) if return_stats else loss
 
     rows_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
-    logits, target = _matrices(input, target)
-    loss, stats = _fused.apply(logits, target, rule, reduction, inplace, return_stats)
+    logits, target = _matrices(input, target, backends.takes_pixels(kernels))
+    loss, stats = _fused.apply(logits, target, rule, reduction, inplace, return_stats, kernels)
     if reduction == "none":
         loss = loss.reshape(rows_shape)
     return (loss, Stats(*(s.reshape(rows_shape) for s in stats))) if return_stats else loss
@@ -121,10 +121,10 @@ def check_extras(z_loss: float, softcap: float | None, logit_scale: float) -> No
         raise ValueError(f"logit_scale={logit_scale} must be finite")
 
 
-def _matrices(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _matrices(input: Tensor, target: Tensor, takes_pixels: bool) -> tuple[Tensor, Tensor]:
     """(N, C, d1, ...) and its targets as (rows, C), or (N, C, pixels) where that is how the logits lie."""
     pixels = math.prod(input.shape[2:])
-    if input.dim() > 2 and input.stride(1) != 1 and pixels >= PIXELS:
+    if takes_pixels and input.dim() > 2 and input.stride(1) != 1 and pixels >= PIXELS:
         logits = input.flatten(2)
         return logits, target.flatten(2) if target.is_floating_point() else target.flatten(1)
 
@@ -135,22 +135,23 @@ def _matrices(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return rows(input), rows(target) if target.is_floating_point() else target.reshape(-1)
 
 
-def _fusable(
+def _kernels(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, backend: str
-) -> bool:
-    """Whether the fused path takes the call; what it leaves is torch's to compute or to refuse."""
+) -> str:
+    """The backend that takes the call; what none takes, "", is torch's to compute or to refuse."""
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)) or input.dim() == 0 or input.numel() == 0:
-        return False
+        return ""
     if not torch.compiler.is_compiling():
         backends.check(backend)
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-            return False
+            return ""
         if input.is_neg() or target.is_neg():  # DLPack does not tell that the values are negated
-            return False
-    if backend == "reference" or input.device.type != "cpu" or not cpu.READY:
-        return False
+            return ""
     if has_torch_function_variadic(input, target, weight):
-        return False
+        return ""
+    kernels = backends.for_losses(backend, input.device, input.dtype)
+    if not kernels:
+        return ""
     class_dim = composed.class_dim(input)
     index_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     if target.shape == input.shape:
@@ -161,14 +162,14 @@ def _fusable(
         fits = fits and weight.dtype == input.dtype and weight.shape == (input.shape[class_dim],)
         fits = fits and weight.device == input.device
         fits = fits and not (torch.is_grad_enabled() and weight.requires_grad)
-    return (
+    fits = (
         fits
-        and input.dtype in _fused.DTYPES
         and target.device == input.device
         and input.layout == target.layout == torch.strided
         and reduction in ("none", "mean", "sum")
         and 0.0 <= label_smoothing <= 1.0
     )
+    return kernels if fits else ""
 
 
 def __getattr__(name: str) -> Any:
