@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from fusedopt.backends import cuda
+from fusedopt.nn.functional import cross_entropy
 
 torch.set_num_threads(1)
 PLAIN = {
@@ -182,6 +183,39 @@ def scaling():
     )
 
 
+def from_python():
+    """fusedopt.nn.functional.cross_entropy on this backend: autograd, upstream gradients, images, statistics."""
+    for dtype, reduction, shape in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), ("mean", "sum", "none"), ((6, 50), (2, 7, 3, 5))
+    ):
+        logits = torch.randn(shape).to(dtype).requires_grad_()
+        target = torch.randint(shape[1], shape[:1] + shape[2:])
+        target.view(-1)[1] = -100
+        options = {"label_smoothing": 0.1, "reduction": reduction}
+        loss, stats = cross_entropy(logits, target, **options, return_stats=True, backend="cuda")
+        assert loss.dtype == torch.float32
+        upstream = torch.randn(loss.shape)
+        loss.backward(upstream)
+        leaf = logits.detach().double().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(leaf, target, **options)
+        expected.backward(upstream.double())
+        torch.testing.assert_close(loss.double(), expected, rtol=3e-6, atol=3e-6)
+        torch.testing.assert_close(stats.argmax, logits.argmax(1))
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            logits.grad.double(), leaf.grad, rtol=2 * ulp, atol=ulp * leaf.grad.abs().max().item()
+        )
+    logits = torch.randn(4, 9, requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([1, 2, 3, -100]), backend="cuda")
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(3 * loss, logits)
+    torch.testing.assert_close(second, 3 * first)
+    assert cross_entropy(logits, torch.full((4,), -100), backend="cuda").isnan()
+    inplace = logits.detach().clone().requires_grad_()
+    cross_entropy(inplace * 1, torch.tensor([1, 2, 3, -100]), inplace=True, backend="cuda").backward()
+    torch.testing.assert_close(inplace.grad, first)
+
+
 LAYOUTS = [(0, 0), (0, 1), (3, 0), (8, 8), (1, 5)]
 SIZES = [(1, 1), (5, 2), (3, 7), (9, 33), (4, 1000), (3, 2053), (2, 8200)]
 if sys.argv[2] == "full":
@@ -196,4 +230,5 @@ for (n, classes), dtype, kind in itertools.product(
         checked += 1
 adversarial()
 scaling()
+from_python()
 print(f"{checked} losses agree")
