@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import cases_loss, install, machine, plot, readme, report, runner, store
+from . import cases_loss, machine, plot, readme, report, runner, store
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
 QUICK_RESULTS = machine.ROOT / ".benchmarks"  # not under version control: a quick look must not replace a measurement
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     about = {
         "optim": "optimizer steps",
         "loss": "cross entropy, forward and backward",
+        "host": "host time of a GPU step, without a GPU",
         "install": "time of `pip install .`",
         "all": "all of these",
     }
@@ -73,10 +74,10 @@ class Run:
             cases = [case for case in cases if case.name.endswith(self.args.allocator)]
         columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            if suite == "install":
-                if on_cpu and self.args.cases in install.CASE:
-                    task = progress.add_task(install.CASE, total=1)
-                    install.measure(self.args.quick, self.keep(suite), _teller(progress, task, install.CASE))
+            if suite in report.SINGLE:
+                if on_cpu and self.args.cases in suite:
+                    measure = report.SINGLE[suite].measure
+                    measure(self.args.quick, self.keep(suite), _teller(progress, progress.add_task(suite), suite))
                 return
             task = progress.add_task(suite, total=len(cases))
             for case in cases:

@@ -9,16 +9,19 @@ from typing import Any
 
 from rich.table import Table
 
-from . import cases_loss, cases_optim, cases_optim_gpu, install, store
+from . import cases_loss, cases_optim, cases_optim_gpu, host, install, store
 from .runner import STREAM, Case
 
 Row = dict[str, Any]
 OURS = ("fusedopt", "fusedopt triton", "fusedopt inplace")
 
 
+SINGLE = {"install": install, "host": host}  # suites of one row, measured in a way of their own
+
+
 def registry(suite: str, device: str | None = None) -> list[Case]:
     """The cases of a suite, of one device or of all."""
-    sources = {"optim": (cases_optim, cases_optim_gpu), "loss": (cases_loss,), "install": ()}[suite]
+    sources = {"optim": (cases_optim, cases_optim_gpu), "loss": (cases_loss,)}.get(suite, ())
     return [case for source in sources for case in source.cases() if device in (None, case.device)]
 
 
@@ -114,11 +117,8 @@ def suite_block(suite: str, folder: Path) -> str:
     rows = store.read(folder / f"{suite}.jsonl")
     if not rows:
         return ""
-    if suite == "install":
-        seconds = rows[0]["median_ms"] / 1e3
-        reached = "reached" if seconds < install.LIMIT_SECONDS and rows[0]["verdict"] == "ok" else "not reached"
-        cells = [[install.TITLE, f"{seconds:.1f} s", f"< {install.LIMIT_SECONDS:g} s: {reached}"]]
-        table = markdown(["what", "time", "required"], cells)
+    if suite in SINGLE:
+        table = markdown(["what", "time", "required"], [SINGLE[suite].claim(rows[0])])
     else:
         grouped = by_case(rows)
         cells = [line for case in registry(suite) for line in comparisons(case, grouped.get(case.name, {}))]

@@ -101,7 +101,7 @@ def _write_ninja() -> None:
     def linked(name: str, objects: list[str], flags: list[str]) -> None:
         lines.extend([f"build {name}: link {' '.join(objects)}", f"  flags = {shlex.join(flags)}"])
 
-    host = [compiled(f"{source}.o", source, ["-O1", define]) for source, define in HOST.items()]
+    host = [compiled(f"{source}.o", source, ["-O3", define]) for source, define in HOST.items()]
     for kind, (flags, _, define) in KINDS.items():
         kernel = [*flags, "-x", "c++"]
         told = ["-O2", "-Wall", "-Wextra", *([define] if define else [])]
