@@ -371,12 +371,13 @@ def _launch(
 
 
 def _plan(classes: int, plain: bool) -> tuple[int, int]:
-    """Elements that a row is walked by, and threads: 16 elements each, which find registers with all features on.
+    """Elements that a row is walked by, and threads: as many elements each as find registers with all features on.
 
     Long rows get most of a multiprocessor each: those under way then stay in the L2 cache until they are read again.
     """
-    block = min(max(triton.next_power_of_2(classes), 2048), 16384 if plain else 8192)
-    return block, block // 16
+    each, largest = (16, 16384) if plain else (8, 4096)
+    block = min(max(triton.next_power_of_2(classes), 2048), largest)
+    return block, block // each
 
 
 def _in_step(a: Tensor, b: Tensor) -> bool:
