@@ -83,12 +83,15 @@ def check(target, dtype, name, elsewhere, folder):
     elsewhere(target)
     rule = VARIANTS[name]
     compile_both(rule, torch.zeros(2, LONG, dtype=DTYPES[dtype]), upstream=torch.zeros(2))
+    arrays = 1 + rule.probabilities
+    stores = 1 if rule.probabilities else 2  # the gradient, and zeros for an ignored row
     for kernel, reads in ((cross_entropy.forward, 2), (cross_entropy.backward, 1)):
         (only,) = compiled(kernel, target)
-        code = Code.of(only, folder)
+        code, metadata = Code.of(only, folder), only.metadata
+        block = only.src.constants[(kernel.arg_names.index("BLOCK"),)]
+        each = block * DTYPES[dtype].itemsize // 16 // (metadata.num_warps * TARGETS[target].warp_size)
         assert code.local == 0, code
-        arrays = 1 + rule.probabilities
-        assert code.loads >= reads * arrays and code.stores >= 2, code  # a gradient, and an ignored row's
+        assert code.loads >= each * reads * arrays and code.stores >= each * stores, code
 
 
 @pytest.mark.parametrize(("target", "dtype", "name"), SOME)

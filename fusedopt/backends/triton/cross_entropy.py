@@ -37,13 +37,10 @@ def _extent(x, classes, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _from(pointer, head, ALIGNED: tl.constexpr):
-    if pointer is None:
-        return None
-    else:
-        pointer += head
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)  # said of the pointer itself, or every element is loaded alone
-        return pointer
+    pointer += head
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # said of the pointer itself, or every element is loaded alone
+    return pointer
 
 
 @triton.jit
@@ -71,10 +68,10 @@ def _label(target, weight, row, classes, ignore_index, keep):
 
 
 @triton.jit
-def _sum_targets(mass, probabilities, weight, begin, end, keep, spread, BLOCK: tl.constexpr):
-    for at in range(begin, end, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        y, _ = dense_targets(probabilities, weight, cols, cols < end, keep, spread)
+def _sum_targets(mass, probabilities, weight, head, body, keep, spread, BLOCK: tl.constexpr):
+    for begin in range(0, body, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        y, _ = dense_targets(probabilities, weight, at, head + at, at < body, keep, spread)
         mass += tl.sum(y, 0)
     return mass
 
@@ -96,7 +93,7 @@ def _read_tile(
     STATS: tl.constexpr,
 ):
     s, _ = scaled(tl.load(x + at, mask, other=0.0, eviction_policy="evict_last").to(tl.float32), logit_scale, softcap)
-    y, t = dense_targets(probabilities, weight, at, mask, keep, spread)
+    y, t = dense_targets(probabilities, weight, at, head + at, mask, keep, spread)
     return absorb(sums, s, y, t, head + at, mask, DENSE, STATS and probabilities is not None, STATS)
 
 
@@ -108,7 +105,8 @@ def _write_tile(
     weight,
     at,
     mask,
-    label,  # of which the tile's first column is 0
+    head,  # the row's column at x
+    label,
     hot,
     shift,
     scale,
@@ -122,9 +120,9 @@ def _write_tile(
     """grad = (scale * exp(s - shift) - factor * y) * ds/dx"""
     values = tl.load(x + at, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     s, slope = scaled(values, logit_scale, softcap)
-    y = tl.where(at == label, hot, 0.0)
+    y = tl.where(head + at == label, hot, 0.0)
     if DENSE:
-        dense, _ = dense_targets(probabilities, weight, at, mask, keep, spread)
+        dense, _ = dense_targets(probabilities, weight, at, head + at, mask, keep, spread)
         y += dense
     g = (scale * tl.exp(s - shift) - factor * y) * slope
     tl.store(grad + at, g.to(grad.dtype.element_ty), mask, eviction_policy="evict_first")
@@ -155,11 +153,11 @@ def _write_gradient(
     head, body = _extent(x, classes, ALIGNED)
     last = (body - 1) // BLOCK * BLOCK
     x_body, grad_body = _from(x, head, ALIGNED), _from(grad, head, ALIGNED)
-    probabilities_body, weight_body = _from(probabilities, head, ALIGNED), _from(weight, head, False)
+    probabilities_body = None if probabilities is None else _from(probabilities, head, ALIGNED)
     for begin in range(0, tl.where(counts, body, 0), BLOCK):
         at = last - begin + tl.arange(0, BLOCK)
         # fmt: off
-        _write_tile(x_body, grad_body, probabilities_body, weight_body, at, at < body, label - head,
+        _write_tile(x_body, grad_body, probabilities_body, weight, at, at < body, head, label,
                     hot, shift, scale, factor, keep, spread, softcap, logit_scale, DENSE)
         # fmt: on
     for begin in range(0, tl.where(counts, 0, body), BLOCK):
@@ -167,7 +165,7 @@ def _write_gradient(
         tl.store(grad_body + at, tl.zeros([BLOCK], grad.dtype.element_ty), at < body)
     cols, mask = _edges(x, head, body, classes)
     # fmt: off
-    _write_tile(x, grad, probabilities, weight, cols, mask & counts, label,
+    _write_tile(x, grad, probabilities, weight, cols, mask & counts, 0, label,
                 hot, shift, scale, factor, keep, spread, softcap, logit_scale, DENSE)
     # fmt: on
     tl.store(grad + cols, tl.zeros_like(cols).to(grad.dtype.element_ty), mask & (counts == 0))
@@ -216,8 +214,8 @@ def forward(
 
     # an ignored row is read for its statistics only
     head, body = _extent(x, classes, ALIGNED)
-    x_body, weight_body = _from(x, head, ALIGNED), _from(weight, head, False)
-    probabilities_body = _from(probabilities, head, ALIGNED)
+    x_body = _from(x, head, ALIGNED)
+    probabilities_body = None if probabilities is None else _from(probabilities, head, ALIGNED)
     cols, mask = _edges(x, head, body, classes)
     whole = body
     if not STATS:
@@ -229,7 +227,7 @@ def forward(
                       keep, spread, softcap, logit_scale, DENSE, STATS)
     for begin in range(0, whole, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        sums = _read_tile(sums, x_body, probabilities_body, weight_body, at, at < body, head,
+        sums = _read_tile(sums, x_body, probabilities_body, weight, at, at < body, head,
                           keep, spread, softcap, logit_scale, DENSE, STATS)
     # fmt: on
     largest, index, total, mass, dot, moment, likeliest, _ = sums
@@ -293,10 +291,10 @@ def backward(
     if PROBABILITIES or SMOOTHED:
         head, body = _extent(x, classes, ALIGNED)
         cols, mask = _edges(x, head, body, classes)
-        y, _ = dense_targets(probabilities, weight, cols, mask, keep, spread)
+        y, _ = dense_targets(probabilities, weight, cols, cols, mask, keep, spread)
         mass += tl.sum(y, 0)
-        probabilities_body, weight_body = _from(probabilities, head, ALIGNED), _from(weight, head, False)
-        mass = _sum_targets(mass, probabilities_body, weight_body, 0, body, keep, spread, BLOCK)
+        probabilities_body = None if probabilities is None else _from(probabilities, head, ALIGNED)
+        mass = _sum_targets(mass, probabilities_body, weight, head, body, keep, spread, BLOCK)
     weighed = tl.load(factor).to(tl.float32) if FACTOR_ON_DEVICE else factor
     if upstream is not None:
         weighed *= tl.load(upstream + row)
@@ -373,12 +371,13 @@ def _launch(
 
 
 def _plan(classes: int, plain: bool) -> tuple[int, int]:
-    """Elements that a row is walked by, and threads: 16 elements each, which find registers with all features on.
+    """Elements that a row is walked by, and threads: as many elements each as find registers with all features on.
 
     Long rows get most of a multiprocessor each: those under way then stay in the L2 cache until they are read again.
     """
-    block = min(max(triton.next_power_of_2(classes), 2048), 16384 if plain else 8192)
-    return block, block // 16
+    each, largest = (16, 16384) if plain else (8, 4096)
+    block = min(max(triton.next_power_of_2(classes), 2048), largest)
+    return block, block // each
 
 
 def _in_step(a: Tensor, b: Tensor) -> bool:

@@ -41,15 +41,18 @@ def scaled(x, logit_scale, softcap):
 
 
 @triton.jit
-def dense_targets(probabilities, weight, at, mask, keep, spread):
-    """y[c] of a tile, but for the one-hot part of a class index, and t[c]; 0 outside the mask."""
+def dense_targets(probabilities, weight, at, cols, mask, keep, spread):
+    """y[c] of a tile, but for the one-hot part of a class index, and t[c]; 0 outside the mask.
+
+    `at` are the tile's places from `probabilities` on, `cols` its columns in the row.
+    """
     y = tl.where(mask, spread, 0.0)
     t = y
     if probabilities is not None:
         t = tl.load(probabilities + at, mask, other=0.0).to(tl.float32)
         y += keep * t
     if weight is not None:
-        y *= tl.load(weight + at, mask, other=0.0)
+        y *= tl.load(weight + cols, mask, other=0.0)
     return y, t
 
 
