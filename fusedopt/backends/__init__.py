@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -64,7 +65,13 @@ def select(name: str, device: torch.device) -> ModuleType:
     return next(m for m in map(module, NAMES) if _of_type(m, device) and m.available() is True and takes(m, device))
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Any) -> Any:
+    """As torch.compiler.assume_constant_result, which would import all of torch._dynamo, two seconds of it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def for_losses(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend whose loss kernels take logits so, when the user asked for `name`; "" for torch's own."""
     if module("cpu").available() is not True:  # its library holds CUDA's kernels too
@@ -73,7 +80,7 @@ def for_losses(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend.name if dtype in getattr(backend, "LOSS_DTYPES", ()) and takes(backend, device) else ""
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def takes_pixels(name: str) -> bool:
     """Whether a backend's loss kernels take (N, C, d1, ...) as it lies."""
     return module(name).takes_pixels

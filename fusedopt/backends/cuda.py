@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends import cpu
+from fusedopt.backends import bad_target, cpu
 
 name = "cuda"
 device_types = frozenset({"cuda"})
@@ -202,25 +202,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@functools.cache
-def _bad_target() -> Tensor:
-    """Where kernels report a target out of range: state (2: written), row, value. Memory that every device sees."""
-    return torch.zeros(3, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-
-
-def raise_bad_target() -> None:
-    """Raise for a target out of range that an earlier loss met; its loss was NaN.
-
-    Raises:
-        IndexError: as the CPU does at once; here when the device has come to it.
-    """
-    report = _bad_target()
-    if report[0] == 2:
-        row, value = report[1:].tolist()
-        report.zero_()
-        raise IndexError(f"Target {value} is out of bounds. (row {row} of an earlier loss on a GPU, which became NaN)")
-
-
 LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 takes_pixels = False
 
@@ -232,14 +213,14 @@ def new_gradient(logits: Tensor) -> Tensor:
 
 def target_factor(target: Tensor, rule: Any, classes: int, mean: bool) -> Tensor:
     """What the sum of row losses is multiplied by, () float32: 1, or the reciprocal of the mean's denominator."""
-    raise_bad_target()
+    bad_target.raise_reported()
     device = target.device
     factor = torch.empty((), dtype=torch.float32, device=device)
     partial = torch.empty(cpu._native.CUDA_PARTIALS, dtype=torch.float64, device=device)
     indices = None if target.dim() > 1 else target
     cpu._native.cuda_target_factor(
         *(indices, target.shape[0], rule.weight, classes, rule.ignore_index, mean, partial, factor),
-        *(_bad_target(), device.index or 0, _stream(device)),
+        *(bad_target.report(), device.index or 0, _stream(device)),
     )
     return factor
 

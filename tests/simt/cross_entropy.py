@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from fusedopt.backends import cuda
+from fusedopt.backends import bad_target, cuda
 from fusedopt.nn.functional import cross_entropy
 
 torch.set_num_threads(1)
@@ -160,12 +160,12 @@ def adversarial():
     assert losses.isnan().tolist() == [False, True, True]
     cuda.target_factor(target, rule, 4, mean=True)
     try:
-        cuda.raise_bad_target()
+        bad_target.raise_reported()
     except IndexError as error:
         assert "Target 5 is out of bounds" in str(error) or "Target -1 is out of bounds" in str(error)
     else:
         raise AssertionError("nobody told")
-    cuda.raise_bad_target()
+    bad_target.raise_reported()
 
 
 def scaling():

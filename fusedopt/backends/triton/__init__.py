@@ -18,10 +18,35 @@ import torch
 from torch import Tensor
 
 from fusedopt.backends import cpu
+from fusedopt.backends.triton.losses import (
+    LOSS_DTYPES,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    new_gradient,
+    scale_,
+    takes_pixels,
+    target_factor,
+    total_loss,
+)
 
 if TYPE_CHECKING:
     from fusedopt.backends.triton.table import DeviceTable
 
+__all__ = [
+    "LOSS_DTYPES",
+    "Stepper",
+    "available",
+    "capturing",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "new_gradient",
+    "remedy",
+    "scale_",
+    "supports",
+    "takes_pixels",
+    "target_factor",
+    "total_loss",
+]
 name = "triton"
 device_types = frozenset({"cuda", "xpu"})  # PyTorch calls AMD's GPUs "cuda" too
 
