@@ -75,6 +75,15 @@ struct Logit {
   }
   FUSEDOPT_HD T operator()(T x) const { return capped(scaled(x)); }
 
+  // A row's largest s is that of its largest sign() * x.
+  FUSEDOPT_HD T sign() const { return scale < T(0) ? T(-1) : T(1); }
+  // s less the largest s of the row. Not scale * x - max: fused, that leaves the rounding error of max where 0 is due,
+  // 1e-4 of a logit of 3000.
+  FUSEDOPT_HD T from_largest(T x, T largest_x, T max) const {
+    if constexpr (kCapped) return (*this)(x)-max;
+    return scale * (x - largest_x);
+  }
+
   // d loss / dx of a logit with e = exp(s - max) and target y
   FUSEDOPT_HD T gradient(const Factors<T>& factor, T e, T s, T y) const {
     const T grad = factor.softmax * e - factor.target * y;
@@ -82,6 +91,13 @@ struct Logit {
     return grad;
   }
 };
+
+// The probability of s, which the rounding of lse must not take above 1.
+template <class T>
+FUSEDOPT_HD T probability_of(T s, T lse) {
+  const T log_p = s - lse;
+  return exp_of(log_p > T(0) ? T(0) : log_p);
+}
 
 // e log e of an unnormalised probability e = exp(from_max); its limit at 0
 template <class T>

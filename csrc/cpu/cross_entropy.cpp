@@ -65,7 +65,7 @@ int64_t row_argmax(const S* x, int64_t n, Compute<S> scale, Compute<S> max) {
 // cost more than reading it back; under a cap s itself, for the slope.
 template <bool kKeep, bool kEntropy, class S, Target kTarget, bool kWeighted, bool kCapped>
 Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const Logit<Compute<S>, kCapped>& logit, const S* x, int64_t n,
-             Compute<S> max, Compute<S>* kept, const S* next) {
+             Compute<S> largest_x, Compute<S> max, Compute<S>* kept, const S* next) {
   using T = Compute<S>;
   Sums sums;
   for (int64_t block = 0; block < n; block += kBlock) {
@@ -74,14 +74,13 @@ Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const Logit<Compute<S>, 
     T exps = 0, mass = 0, dot = 0, exp_log = 0;
 #pragma omp simd reduction(+ : exps, mass, dot, exp_log)
     for (int64_t c = block; c < stop; ++c) {
-      const T s = logit(load(x[c]));
-      const T from_max = s - max;
+      const T from_max = logit.from_largest(load(x[c]), largest_x, max);
       const T e = exp_of(from_max);
       exps += e;
       if constexpr (kTarget != Target::kIndex) dot += y.dense(c) * from_max;
       if constexpr (kTarget == Target::kProbability) mass += y.dense(c);
       if constexpr (kEntropy) exp_log += times_log(e, from_max);
-      if constexpr (kKeep) kept[c] = kCapped ? s : e;
+      if constexpr (kKeep) kept[c] = kCapped ? logit(load(x[c])) : e;
     }
     sums.exp += exps;
     sums.mass += mass;
@@ -132,10 +131,11 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
     T& lse = static_cast<T*>(a.lse)[row];
     const RowTarget<S, kTarget, kWeighted> y(a, row);
     if (!y.ignored || a.argmax) {
-      const T top = row_max(x, n, logit.scale), max = logit.capped(top);
-      const T s_label = logit(load(x[y.label]));  // read before grad lies over x
+      const T largest_x = logit.sign() * row_max(x, n, logit.sign()), max = logit(largest_x);
+      const T x_label = load(x[y.label]);  // read before grad lies over x
+      const T label_from_max = logit.from_largest(x_label, largest_x, max);
       if (a.argmax) {
-        a.argmax[row] = row_argmax(x, n, logit.scale, top);
+        a.argmax[row] = row_argmax(x, n, logit.scale, logit.scaled(largest_x));
         a.correct[row] = is_correct(a, y, a.argmax[row]);
       }
       T* kept = nullptr;
@@ -146,11 +146,11 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
           kept = static_cast<T*>(scratch);  // a 16-bit exp would be rounded twice
       }
       const S* next = row + 1 < end ? x + a.logits_stride : nullptr;
-      Sums sums = kept ? sum_row<true, kEntropy>(y, logit, x, n, max, kept, next)
-                       : sum_row<false, kEntropy>(y, logit, x, n, max, kept, next);
+      Sums sums = kept ? sum_row<true, kEntropy>(y, logit, x, n, largest_x, max, kept, next)
+                       : sum_row<false, kEntropy>(y, logit, x, n, largest_x, max, kept, next);
       if constexpr (kTarget != Target::kProbability) {
         sums.mass = y.smoothing.dense_mass(a) + y.one_hot;
-        sums.dot += y.one_hot * (s_label - max);
+        sums.dot += y.one_hot * label_from_max;
       }
       const RowLoss of(sums, max, a.z_loss);
       loss = T(of.loss);
@@ -162,7 +162,7 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
         const auto read = [=](int64_t c) -> ExpAndLogit<T> {
           return {kCapped ? exp_of(kept[c] - max) : kept[c], kept[c]};
         };
-        write_grad(y, logit, factors, read, {exp_of(s_label - max), s_label}, grad, n, next);
+        write_grad(y, logit, factors, read, {exp_of(label_from_max), logit(x_label)}, grad, n, next);
       }
     }
     if (y.ignored) {
@@ -195,7 +195,7 @@ void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end, void*) {
     const T lse = static_cast<const T*>(a.lse)[row];
     const auto read = [=](int64_t c) -> ExpAndLogit<T> {
       const T s = logit(load(x[c]));
-      return {exp_of(s - lse), s};
+      return {probability_of(s, lse), s};
     };
     const Factors<T> factors{T(factor * per_lse(mass, lse, a.z_loss)), T(factor)};
     write_grad(y, logit, factors, read, read(y.label), grad, n, static_cast<const S*>(nullptr));

@@ -204,7 +204,7 @@ void backward_block(const CrossEntropyArgs& a, int64_t row, int64_t n) {
     factor[i] = T(scaled_factor);
   }
   block.write_grad(
-      logit, softmax, factor, [=](T s, int64_t i) { return exp_of(s - lse[i]); },
+      logit, softmax, factor, [=](T s, int64_t i) { return probability_of(s, lse[i]); },
       [&](int64_t c, int64_t i) { return logit(load(block.x[c * a.logits_class_stride + i])); });
 }
 

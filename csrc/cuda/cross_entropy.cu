@@ -269,7 +269,7 @@ struct Row {
   __device__ bool has_dense() const { return kTarget != Target::kIndex || spread != 0.0f; }
 
   __device__ __forceinline__ float logit(S stored) const {
-    const float x = a.logit_scale * load(stored);
+    const float x = __fmul_rn(a.logit_scale, load(stored));  // fused with `- max`, it would leave max's rounding error
     return kSoftcap ? a.softcap * tanh_of(x / a.softcap) : x;
   }
   // d logit / d stored
