@@ -10,9 +10,10 @@ from typing import Any
 import torch.nn
 
 from fusedopt.nn import functional
+from fusedopt.nn.linear import LinearCrossEntropyLoss
 from fusedopt.nn.modules import CrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss", "functional"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "functional"]
 
 
 def __getattr__(name: str) -> Any:

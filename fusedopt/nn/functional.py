@@ -13,8 +13,9 @@ from torch.overrides import has_torch_function_variadic
 from fusedopt import backends
 from fusedopt.backends import cpu
 from fusedopt.nn import cross_entropy as _fused
+from fusedopt.nn.linear import linear_cross_entropy
 
-__all__ = ["cross_entropy"]
+__all__ = ["cross_entropy", "linear_cross_entropy"]
 
 
 def cross_entropy(
