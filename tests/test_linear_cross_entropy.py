@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_mode import Watch
 
 import fusedopt
 from fusedopt import _native
 from fusedopt.backends import cpu
 from fusedopt.nn import rows
 from fusedopt.nn.functional import linear_cross_entropy
-from tests.memory_mode import Watch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FEATURES = {
@@ -51,26 +51,21 @@ def make(n, h, v, dtype=torch.float32, *, bias=True, probabilities=False, weight
     return x, w, b, target, weight
 
 
-def stock(x, w, target, *, linear_bias=None, weight=None, z_loss=0.0, softcap=None, logit_scale=1.0, **options):
+def reduced(
+    x, w, target, *, reduction, linear_bias=None, weight=None, z_loss=0.0, softcap=None, logit_scale=1.0, **options
+):
     """In the inputs' dtype, by torch's operations."""
     s = F.linear(x, w, linear_bias) * logit_scale
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
-    loss = F.cross_entropy(s, target, weight, reduction="none", **options)
-    z = z_loss * s.logsumexp(1).square()
-    if target.dim() == 1:
-        z = z.masked_fill(target == -100, 0)
-    return loss + z, None if weight is None else weight[target.clamp(0)].masked_fill(target == -100, 0)
-
-
-def reduced(x, w, target, *, reduction, **options):
-    loss, weights = stock(x, w, target, **options)
+    z = z_loss * s.logsumexp(1).square() if z_loss else s.new_zeros(len(s))
+    ignored = target == -100 if target.dim() == 1 else torch.zeros(len(target), dtype=torch.bool)
+    loss = F.cross_entropy(s, target, weight, reduction="none", **options) + z.masked_fill(ignored, 0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    if target.dim() == 2:
-        return loss.sum() / target.shape[0]
-    return loss.sum() / ((target != -100).sum() if weights is None else weights.sum())
+    counts = torch.ones_like(loss) if weight is None or target.dim() == 2 else weight[target.clamp(0)]
+    return loss.sum() / counts.masked_fill(ignored, 0).sum()
 
 
 def run(function, x, w, b, target, weight, upstream, dtype=None, **options):
@@ -98,8 +93,10 @@ def assert_as_good_as_stock(x, w, b, target, weight, *, reduction, chunk_bytes=N
     floor = scale * (2e-6 if dtype != torch.float64 else 1e-13)
     assert (loss - exact_loss).abs().max() <= (stock_loss - exact_loss).abs().max() + 0.25 * eps * scale + floor
     for ours, theirs, right in zip(grads, stocks, exact, strict=True):
-        allowed = GRAD_ULPS * eps * right.abs().max() + torch.finfo(dtype).tiny * eps + (
-            2e-14 if dtype == torch.float64 else 2e-7
+        allowed = (
+            GRAD_ULPS * eps * right.abs().max()
+            + torch.finfo(dtype).tiny * eps
+            + (2e-14 if dtype == torch.float64 else 2e-7)
         )
         assert (ours - right).abs().max() <= (theirs - right).abs().max() + allowed
 
@@ -156,7 +153,9 @@ def test_chunks_change_nothing_but_rounding(dtype):
         loss, grads = run(linear_cross_entropy, *inputs, upstream, **options)
         torch.testing.assert_close(loss, whole[0], rtol=1e-6, atol=0)
         for a, b in zip(grads, whole[1], strict=True):
-            assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max()
+            # products of other shapes sum in another order, and logits of 5 carry that into exp; in half precision each
+            # chunk's product is rounded
+            assert (a - b).abs().max() <= (32 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps * b.abs().max()
 
 
 def test_batch_chunk_size_is_obeyed():
@@ -496,9 +495,7 @@ def test_registered_operators(dtype, reduction, stats):
     x, w, b, target, weight = make(6, 4, 7, dtype, weighted=True)
     options = (-100, 0.1, 1e-3, None, 1.0, reduction, dtype, 1000, None, stats, True, True, True)
     leaves = [t.requires_grad_() for t in (x, w, b)]
-    torch.library.opcheck(
-        torch.ops.fusedopt.linear_cross_entropy.default, (*leaves, target, weight.float(), *options)
-    )
+    torch.library.opcheck(torch.ops.fusedopt.linear_cross_entropy.default, (*leaves, target, weight.float(), *options))
     if reduction == "none":
         lse = (x @ w.t() + b).float().logsumexp(1).detach()
         leaves = [t.detach() for t in leaves]

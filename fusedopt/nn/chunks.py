@@ -1,4 +1,4 @@
-"""The three products of a linear layer under a loss, a chunk of rows at a time: its logits are never whole in memory."""
+"""The products of a linear layer under a loss, a chunk of rows at a time: its logits are never whole in memory."""
 
 from __future__ import annotations
 

@@ -117,7 +117,9 @@ def cross_entropy_forward(
     exps = p.sum(1)
     log_sum = exps.log()
     lse.copy_(top + log_sum)
-    value = y.mass * log_sum - dot + rule.z_loss * lse.square()
+    value = y.mass * log_sum - dot
+    if rule.z_loss:
+        value += rule.z_loss * lse.square()
     loss.copy_(value.masked_fill(~y.valid, torch.nan).masked_fill(~y.rows, 0))
     p.div_(exps[:, None])
     if stats is not None:
@@ -150,7 +152,8 @@ def _write_grad(
     lse: Tensor,
 ) -> None:  # fmt: skip
     """grad = factor * upstream * ((mass + 2 z_loss lse) p - y) ds/dx; p is overwritten."""
-    g = y.subtract_from(p.mul_((y.mass + 2 * rule.z_loss * lse)[:, None]))
+    mass = y.mass + 2 * rule.z_loss * lse if rule.z_loss else y.mass
+    g = y.subtract_from(p.mul_(mass[:, None]))
     scale = factor * rule.logit_scale
     g.mul_(scale) if upstream is None else g.mul_((upstream * scale)[:, None])
     if rule.softcap is not None:
