@@ -12,8 +12,9 @@ import torch.nn
 from fusedopt.nn import functional
 from fusedopt.nn.linear import LinearCrossEntropyLoss
 from fusedopt.nn.modules import CrossEntropyLoss
+from fusedopt.nn.mse import MSELoss
 
-__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "functional"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "MSELoss", "functional"]
 
 
 def __getattr__(name: str) -> Any:

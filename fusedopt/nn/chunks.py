@@ -38,6 +38,20 @@ def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int, max_rows: int | 
     return math.ceil(rows / math.ceil(rows / most)) if rows else 1
 
 
+def scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
+    """grad * scale, rounded once to `dtype`; over grad itself unless that is to be kept."""
+    if grad is None:
+        return None
+    if grad.device.type == "cpu":
+        factor = float(scale)
+        if factor == 1.0:
+            return grad.to(dtype, copy=keep)
+        return (grad * factor if keep else grad.mul_(factor)).to(dtype)
+    if grad.dtype in HALVES:  # a tensor of no dimension would first be rounded to grad's dtype
+        return (grad.float() * scale).to(dtype)
+    return (grad * scale if keep else grad.mul_(scale)).to(dtype)
+
+
 class Products:
     """`logits(rows)` of one chunk after the other, and `accumulate(rows, grad)` of what their gradient brings.
 

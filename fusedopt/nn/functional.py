@@ -14,8 +14,9 @@ from fusedopt import backends
 from fusedopt.backends import cpu
 from fusedopt.nn import cross_entropy as _fused
 from fusedopt.nn.linear import linear_cross_entropy
+from fusedopt.nn.mse import mse_loss
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = ["cross_entropy", "linear_cross_entropy", "mse_loss"]
 
 
 def cross_entropy(

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedopt.backends import cpu
 from fusedopt.nn import chunks
 from fusedopt.nn import rows as torch_rows
-from fusedopt.nn.chunks import Products
+from fusedopt.nn.chunks import Products, scaled
 from fusedopt.nn.rows import Rule, Stats, compute_dtype
 
 
@@ -211,20 +211,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             ctx.gradients = None
         scale = upstream * ctx.scale
         return *(scaled(g, scale, dtype, keep) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
-
-
-def scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
-    """grad * scale, rounded once to `dtype`; over grad itself unless that is to be kept."""
-    if grad is None:
-        return None
-    if grad.device.type == "cpu":
-        factor = float(scale)
-        if factor == 1.0:
-            return grad.to(dtype, copy=keep)
-        return (grad * factor if keep else grad.mul_(factor)).to(dtype)
-    if grad.dtype in chunks.HALVES:  # a tensor of no dimension would first be rounded to grad's dtype
-        return (grad.float() * scale).to(dtype)
-    return (grad * scale if keep else grad.mul_(scale)).to(dtype)
 
 
 def _differentiable_gradients(
