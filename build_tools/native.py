@@ -32,7 +32,12 @@ ISAS = {
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # errno and traps keep gcc from vectorising sqrt and selects; neither is ever looked at. Nothing here changes a value.
 LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-ISA_SOURCES = ["csrc/cpu/step.cpp", "csrc/cpu/cross_entropy.cpp", "csrc/cpu/cross_entropy_pixels.cpp"]
+ISA_SOURCES = [
+    "csrc/cpu/step.cpp",
+    "csrc/cpu/cross_entropy.cpp",
+    "csrc/cpu/cross_entropy_pixels.cpp",
+    "csrc/cpu/mse.cpp",
+]
 SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/gather.cpp", "csrc/launches.cpp", "csrc/tensor.cpp"]
 BINDINGS = "csrc/bindings_cpu.cpp"
 CUDA_HOST_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/runtime.cpp"]

@@ -192,6 +192,29 @@ CrossEntropyArgs arguments(const CrossEntropyCall& c) {
   return a;
 }
 
+// Dense tensors, one element for one element of the first as they lie in memory.
+void* alike(const dlpack::Tensor& t, const char* name, const dlpack::Tensor& first) {
+  bool same = t.ndim == first.ndim && is_dense(t);
+  for (int d = 0; same && d < t.ndim; ++d)
+    same = t.shape[d] == first.shape[d] && (t.shape[d] == 1 || t.strides[d] == first.strides[d]);
+  if (!same) throw std::invalid_argument(std::string(name) + " must be dense, with input's shape and strides");
+  return t.data;
+}
+
+double mse(py::handle input, py::handle target, py::handle grad, double grad_factor, int threads) {
+  const dlpack::Tensor x = tensor(input, "input", {Dtype::kF64, Dtype::kF32, Dtype::kBF16, Dtype::kF16});
+  MseArgs a{};
+  a.dtype = dtype_of(x.dtype);
+  a.input = alike(x, "input", x);
+  a.target = alike(tensor(target, "target", {a.dtype}), "target", x);
+  if (!grad.is_none()) a.grad = alike(tensor(grad, "grad", {a.dtype}), "grad", x);
+  a.grad_factor = grad_factor;
+  a.numel = 1;
+  for (int d = 0; d < x.ndim; ++d) a.numel *= x.shape[d];
+  py::gil_scoped_release release;
+  return cpu_mse(a, threads);
+}
+
 int visit_table(PyObject* self, visitproc visit, void* arg) {
 #if PY_VERSION_HEX >= 0x03090000
   Py_VISIT(Py_TYPE(self));
@@ -313,6 +336,7 @@ PYBIND11_MODULE(_native, m) {
           "has "
           "them, in memory that is this plan's until its next lay_out.");
 
+  m.def("cpu_mse", mse, "The sum of squares, and grad = grad_factor * (input - target) where it is not None.");
   m.def("target_total", target_total);
   m.def("cpu_cross_entropy_forward", [](py::handle logits, py::handle target, const Rule& rule, double weight_sum,
                                         py::handle grad, double grad_factor, py::handle loss, py::handle lse,

@@ -6,7 +6,7 @@ criterion = nn.CrossEntropyLoss()    ->  criterion = fusedopt.nn.CrossEntropyLos
 
 from fusedopt import backends, nn, optim
 from fusedopt._version import __version__
-from fusedopt.nn import CrossEntropyLoss
+from fusedopt.nn import CrossEntropyLoss, LinearCrossEntropyLoss, MSELoss
 from fusedopt.optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "Adam",
     "AdamW",
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "Lion",
+    "MSELoss",
     "RMSprop",
     "__version__",
     "backends",

@@ -75,7 +75,7 @@ def test_groups_hold_every_hyperparameter(cls):
 # --- builds ---
 
 
-@pytest.mark.parametrize("engine", ["step", "cross_entropy"])
+@pytest.mark.parametrize("engine", ["step", "cross_entropy", "mse"])
 def test_instruction_sets_share_no_weak_symbol(engine):
     objects = sorted(OBJECTS.glob(f"native-*/{engine}_*.o"))
     if len(objects) < 2:

@@ -20,13 +20,15 @@ namespace fusedopt {
   CpuEngine::StepKernel step_kernel(const Launch&);                              \
   CpuEngine::CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs&);  \
   CpuEngine::CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs&); \
+  CpuEngine::MseKernel mse(const MseArgs&);                                      \
   }
 FUSEDOPT_ISAS(FUSEDOPT_DECLARE)
 #undef FUSEDOPT_DECLARE
 
 namespace {
 
-#define FUSEDOPT_ENGINE(isa) {#isa, isa::step_kernel, isa::cross_entropy_forward, isa::cross_entropy_backward},
+#define FUSEDOPT_ENGINE(isa) \
+  {#isa, isa::step_kernel, isa::cross_entropy_forward, isa::cross_entropy_backward, isa::mse},
 const CpuEngine kEngines[] = {FUSEDOPT_ISAS(FUSEDOPT_ENGINE)};
 #undef FUSEDOPT_ENGINE
 constexpr int kEngineCount = int(sizeof(kEngines) / sizeof(kEngines[0]));
@@ -178,6 +180,18 @@ bool cpu_cross_entropy_forward(const CrossEntropyArgs& args, int threads) {
 
 bool cpu_cross_entropy_backward(const CrossEntropyArgs& args, int threads) {
   return over_rows(engine()->cross_entropy_backward(args), args, threads);
+}
+
+double cpu_mse(const MseArgs& args, int threads) {
+  const CpuEngine::MseKernel kernel = engine()->mse(args);
+  // cut without regard to the number of threads, and summed in order: the same bits whatever that number
+  std::vector<double> sums(size_t((args.numel + kSpan - 1) / kSpan));
+  if (args.numel < kSerial) threads = 1;
+  parallel_for(threads, int64_t(sums.size()),
+               [&](int64_t i) { sums[size_t(i)] = kernel(args, i * kSpan, std::min(args.numel, (i + 1) * kSpan)); });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
 }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {

@@ -15,6 +15,7 @@ bool cpu_can_step(const Launch& launch);
 bool cpu_step(const Launch& launch);
 bool cpu_cross_entropy_forward(const CrossEntropyArgs& args, int threads);
 bool cpu_cross_entropy_backward(const CrossEntropyArgs& args, int threads);
+double cpu_mse(const MseArgs& args, int threads);  // args.dtype is a floating-point one
 
 // Ask for huge pages behind [data, data + bytes) before it is first touched; a hint, without effect where unsupported.
 void advise_huge_pages(void* data, int64_t bytes);

@@ -1,6 +1,7 @@
 // What one build of the CPU engine (one instruction set) offers. Builds share no symbol: see element.h.
 #pragma once
 #include "../cross_entropy.h"
+#include "../mse.h"
 #include "../step.h"
 
 namespace fusedopt {
@@ -36,6 +37,9 @@ struct CpuEngine {
   using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end, void* scratch);
   CrossEntropyKernel (*cross_entropy_forward)(const CrossEntropyArgs&);
   CrossEntropyKernel (*cross_entropy_backward)(const CrossEntropyArgs&);
+  // The sum of squares of elements [begin, end), with the gradient when args.grad is set.
+  using MseKernel = double (*)(const MseArgs&, int64_t begin, int64_t end);
+  MseKernel (*mse)(const MseArgs&);
 };
 
 }  // namespace fusedopt

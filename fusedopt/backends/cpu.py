@@ -172,6 +172,14 @@ def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
     return tensor if float(factor) == 1.0 else tensor.mul_(factor)
 
 
+def squared_error(input: Tensor, target: Tensor, grad: Tensor | None, grad_factor: float) -> float:
+    """The sum of (input - target)^2, and with `grad` that difference times `grad_factor`, in one pass.
+
+    All three are dense, of one dtype, shape and strides.
+    """
+    return _native.cpu_mse(input, target, grad, grad_factor, torch.get_num_threads())
+
+
 def target_total(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int) -> float:
     """The mean's denominator: the number, or summed weight, of the rows that count.
 

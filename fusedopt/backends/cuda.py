@@ -241,7 +241,7 @@ def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
     return tensor
 
 
-def _cross_entropy_args(logits: Tensor, target: Tensor, rule: Any, grad: Tensor | None, factor: Tensor) -> Any:
+def _cross_entropy_args(logits: Tensor, target: Tensor, rule: Any, grad: Tensor | None, factor: float | Tensor) -> Any:
     args = cpu._native.CudaCrossEntropyArgs()
     args.dtype = _name(logits.dtype)
     args.logits, args.logits_stride = logits, logits.stride(0)
@@ -254,7 +254,7 @@ def _cross_entropy_args(logits: Tensor, target: Tensor, rule: Any, grad: Tensor 
     args.z_loss, args.logit_scale, args.softcap = rule.z_loss, rule.logit_scale, rule.softcap or 0.0
     if grad is not None:
         args.grad, args.grad_stride = grad, grad.stride(0)
-    args.grad_factor = factor
+    args.grad_factor = factor if isinstance(factor, Tensor) else torch.full((), factor, device=logits.device)
     return args
 
 
@@ -263,7 +263,7 @@ def cross_entropy_forward(
     target: Tensor,  # (N,) int64, or (N, V) probabilities of the logits' dtype, class stride 1
     rule: Any,  # fusedopt.nn.cross_entropy.Rule; its weight (V,) float32
     grad: Tensor | None,  # (N, V), written if given; may be the logits themselves
-    factor: Tensor,  # () float32, multiplies the gradient
+    factor: float | Tensor,  # () float32, multiplies the gradient
     rows: Tensor,  # (N,) float32, written: the losses
     lse: Tensor,  # (N,) float32, written
     stats: Any = None,  # fusedopt.nn.cross_entropy.Stats of N elements each, written if given; its lse is `lse`
@@ -281,7 +281,7 @@ def cross_entropy_backward(
     target: Tensor,
     rule: Any,
     grad: Tensor,
-    factor: Tensor,
+    factor: float | Tensor,
     upstream: Tensor | None,  # (N,) float32
     lse: Tensor,
 ) -> None:

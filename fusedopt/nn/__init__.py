@@ -10,9 +10,11 @@ from typing import Any
 import torch.nn
 
 from fusedopt.nn import functional
+from fusedopt.nn.linear import LinearCrossEntropyLoss
 from fusedopt.nn.modules import CrossEntropyLoss
+from fusedopt.nn.mse import MSELoss
 
-__all__ = ["CrossEntropyLoss", "functional"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "MSELoss", "functional"]
 
 
 def __getattr__(name: str) -> Any:
