@@ -153,7 +153,7 @@ def test_adversarial_rows_as_torchs_operators(row, extras, layout):
     for target in [*indices, *(F.one_hot(t, 3).float() for t in indices)]:
         if layout == "pixels":
             x = rows.repeat(16, 1).T[None].contiguous()
-            t = target.repeat(16, *[1] * (target.dim() - 1)).T[None].contiguous()
+            t = target.repeat(16, *[1] * (target.dim() - 1)).movedim(0, -1)[None].contiguous()
         else:
             x, t = rows, target
         for reduction in ("mean", "none"):

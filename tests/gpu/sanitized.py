@@ -1,13 +1,26 @@
-"""Small steps of every rule, for compute-sanitizer; `make gpu-sanitize` runs it under each of its tools."""
+"""Small steps of every rule and small losses, for compute-sanitizer: `make gpu-sanitize` runs each of its tools."""
 
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import torch  # noqa: E402
+from loss_oracle import make  # noqa: E402
 from optim_table import DTYPES, WITH_LION, make_params, train  # noqa: E402
+
+from fusedopt.nn.functional import cross_entropy  # noqa: E402
 
 for case in WITH_LION:
     for dtypes in DTYPES:
         train(case.fused(make_params(dtypes, device="cuda"), backend="cuda"), dtypes, steps=2)
-print("all rules stepped")
+for shape in [(5, 3), (3, 2053), (2, 70001)]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for probabilities in (False, True):
+            x, target, weight = make(shape, dtype, probabilities=probabilities, weighted=True)
+            x, target, weight = x.cuda().requires_grad_(), target.cuda(), weight.cuda()
+            for reduction in ("mean", "none"):
+                options = {"label_smoothing": 0.1, "softcap": 9.0, "reduction": reduction, "return_stats": True}
+                loss, _ = cross_entropy(x, target, weight, **options, backend="cuda")
+                loss.sum().backward()
+print("all rules stepped, all losses computed")
