@@ -46,8 +46,9 @@ def test_no_further_from_float64_than_stock(kind, order, table, tensors):
     ],
 )
 def test_cross_entropy_as_in_float64(kind, order, table, losses):
-    text = run(kind, "cross_entropy.py", table, order=order)
-    assert int(re.search(r"(\d+) losses agree", text)[1]) > losses
+    done = run(kind, "cross_entropy.py", table, order=order)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) losses agree", done.stdout)[1]) > losses
 
 
 @pytest.mark.timeout(900)
