@@ -60,17 +60,28 @@ struct Factors {
   T softmax, target;  // of e and of y
 };
 
-// What softmax sees of a logit x: s = scale * x, then cap * tanh(s / cap).
-template <class T, bool kCapped>
+// x, whose rounding no contraction undoes: fused with the subtraction of a maximum or lse that was rounded, the largest
+// logit would differ from itself. `zero` is 0, but the compiler does not know.
+FUSEDOPT_HD float rounded(float x, uint32_t zero) { return bit_cast<float>(bit_cast<uint32_t>(x) | zero); }
+FUSEDOPT_HD double rounded(double x, uint32_t zero) { return bit_cast<double>(bit_cast<uint64_t>(x) | zero); }
+
+enum class Scaling { kNone, kScaled, kCapped };
+
+// What softmax sees of a logit x: x itself; s = scale * x; or that, then cap * tanh(s / cap).
+template <class T, Scaling kScaling>
 struct Logit {
   T scale, cap, inverse;
+  uint32_t zero;
 
   FUSEDOPT_HD explicit Logit(const CrossEntropyArgs& a)
-      : scale(T(a.logit_scale)), cap(T(a.softcap)), inverse(kCapped ? T(1 / a.softcap) : T(0)) {}
+      : scale(T(a.logit_scale)),
+        cap(T(a.softcap)),
+        inverse(kScaling == Scaling::kCapped ? T(1 / a.softcap) : T(0)),
+        zero(uint32_t(a.rows < 0)) {}
 
-  FUSEDOPT_HD T scaled(T x) const { return scale * x; }
+  FUSEDOPT_HD T scaled(T x) const { return kScaling == Scaling::kNone ? x : rounded(scale * x, zero); }
   FUSEDOPT_HD T capped(T scaled) const {
-    if constexpr (kCapped) return cap * tanh_of(inverse * scaled);
+    if constexpr (kScaling == Scaling::kCapped) return rounded(cap * tanh_of(inverse * scaled), zero);
     return scaled;
   }
   FUSEDOPT_HD T operator()(T x) const { return capped(scaled(x)); }
@@ -78,7 +89,7 @@ struct Logit {
   // d loss / dx of a logit with e = exp(s - max) and target y
   FUSEDOPT_HD T gradient(const Factors<T>& factor, T e, T s, T y) const {
     const T grad = factor.softmax * e - factor.target * y;
-    if constexpr (kCapped) return grad * (1 - (s * inverse) * (s * inverse));
+    if constexpr (kScaling == Scaling::kCapped) return grad * (1 - (s * inverse) * (s * inverse));
     return grad;
   }
 };

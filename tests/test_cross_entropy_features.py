@@ -70,17 +70,13 @@ def test_features_crossed(
     shape, dtype, probabilities, weighted, ignored, smoothing, reduction, z_loss, softcap, logit_scale, inplace, seed
 ):
     data = make(shape, dtype, probabilities=probabilities, weighted=weighted, ignored=ignored, seed=seed)
-    options = dict(
-        reduction=reduction, label_smoothing=smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale
-    )
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    options |= {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale}
 
     def ours(x, *rest, **options):
-        # of a leaf the logits cannot be overwritten
-        return cross_entropy(x * 1, *rest, inplace=inplace, **options)
+        return cross_entropy(x * 1, *rest, inplace=inplace, **options)  # a leaf cannot be overwritten
 
-    assert_as_good_as_composition(
-        lambda *a, **o: (ours if len(o) == len(options) else composition)(*a, **o), *data, **options
-    )
+    assert_as_good_as_composition(ours, *data, **options)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0), (0, 5, 4, 4)], ids=str)
@@ -108,10 +104,7 @@ def test_ignored_rows_may_hold_anything():
     for shape in ((4, 5), (2, 5, 4, 4)):
         x, y, _ = make(shape, torch.float32)
         y.view(-1)[0] = -100
-        x.movedim(1, -1).view(-1, 5) if len(shape) == 2 else None
-        x[(0, slice(None)) if len(shape) == 2 else (0, slice(None), 0, 0)] = torch.tensor(
-            [torch.nan, torch.inf, 0, 0, 0]
-        )
+        x.movedim(1, -1)[(0,) * (len(shape) - 1)] = torch.tensor([torch.nan, torch.inf, 0.0, 0.0, 0.0])
         for reduction in ("mean", "none"):
             a = x.clone().requires_grad_()
             loss = cross_entropy(a, y, reduction=reduction, z_loss=1e-3)
@@ -158,7 +151,7 @@ def test_adversarial_rows_as_torchs_operators(row, extras, layout):
     for target in [*indices, *(F.one_hot(t, 3).float() for t in indices)]:
         if layout == "pixels":
             x = rows.repeat(16, 1).T[None].contiguous()
-            t = target.repeat(16, *[1] * (target.dim() - 1)).T[None].contiguous()
+            t = target.repeat(16, *[1] * (target.dim() - 1)).movedim(0, -1)[None].contiguous()
         else:
             x, t = rows, target
         for reduction in ("mean", "none"):
@@ -184,11 +177,12 @@ def check_stats(x, target, stats, **extras):
     tolerance = {"rtol": 1e-12, "atol": 1e-12}
     if compute == torch.float32:  # the cap multiplies tanh's error, and p log p that of p
         tolerance = {"rtol": 2e-6, "atol": 4e-6 + 2e-6 * (cap or 0.0)}
+    lse = s.logsumexp(1)
     argmax = (x.to(compute) * scale).argmax(1)
     hit = target.argmax(1) if target.is_floating_point() else target
     assert isinstance(stats, Stats)
     assert all(not t.requires_grad and t.shape == argmax.shape for t in stats)
-    torch.testing.assert_close(stats.lse, s.logsumexp(1).to(compute), equal_nan=True, **tolerance)
+    torch.testing.assert_close(stats.lse, lse.where(lse.isfinite(), torch.nan).to(compute), equal_nan=True, **tolerance)
     assert torch.equal(stats.argmax, argmax)
     assert torch.equal(stats.correct, argmax == hit)  # an ignored target is no class
     exact = torch.special.entr(s.softmax(1)).sum(1)
@@ -269,8 +263,6 @@ def test_probability_targets_that_need_gradients(dtype, reduction, shape):
             a, b = x.to(d).requires_grad_(logits_too), t.to(d).requires_grad_()
             options = {"inplace": inplace} if function is cross_entropy else {}
             loss = function(a * 1, b, weight.to(d), reduction=reduction, label_smoothing=0.1, **options)
-            if function is cross_entropy:
-                assert loss.grad_fn is None or "CrossEntropyBackward" in loss.grad_fn.name()
             upstream = torch.rand(loss.shape, generator=torch.Generator().manual_seed(2)).to(loss.dtype)
             grads.append(torch.autograd.grad(loss, (a, b) if logits_too else (b,), upstream))
         eps = torch.finfo(dtype).eps
