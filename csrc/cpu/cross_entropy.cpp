@@ -64,7 +64,7 @@ int64_t row_argmax(const S* x, int64_t n, const L& logit, Compute<S> max) {
 // kKeep: leave what the gradient is made of in `kept`, which may lie over x: exp(s - max), since a second exp would
 // cost more than reading it back; under a cap s itself, for the slope.
 template <bool kKeep, bool kEntropy, class S, Target kTarget, bool kWeighted, Scaling kScaling>
-Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const Logit<Compute<S>, kScaling>& logit, const S* x, int64_t n,
+Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, Logit<Compute<S>, kScaling> logit, const S* x, int64_t n,
              Compute<S> max, Compute<S>* kept, const S* next) {
   using T = Compute<S>;
   Sums sums;
@@ -98,7 +98,7 @@ struct ExpAndLogit {
 
 // `read(c)` gives exp(s - max) and s of a class. `next` is the row that this thread will read after this one.
 template <class S, Target kTarget, bool kWeighted, Scaling kScaling, class T, class Read>
-void write_grad(const RowTarget<S, kTarget, kWeighted>& y, const Logit<T, kScaling>& logit, const Factors<T>& factors,
+void write_grad(const RowTarget<S, kTarget, kWeighted>& y, Logit<T, kScaling> logit, Factors<T> factors,
                 const Read& read, ExpAndLogit<T> at_label, S* grad, int64_t n, const S* next) {
   for (int64_t block = 0; block < n; block += kPrefetchBlock) {
     const int64_t stop = n < block + kPrefetchBlock ? n : block + kPrefetchBlock;
