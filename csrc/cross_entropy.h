@@ -30,7 +30,7 @@ struct CrossEntropyArgs {
   double grad_factor;
   const void* upstream;  // (rows,) compute, backward only; null for ones
   void* loss;            // (rows,) compute
-  void* lse;             // (rows,) compute: logsumexp(s); written forward, read backward
+  void* lse;             // (rows,) compute: logsumexp(s), NaN where it is infinite; written forward, read backward
 
   // Statistics, forward only: all of them or, null, none. Of ignored rows too, which are not read otherwise.
   int64_t* argmax;  // (rows,) of logit_scale * x, as torch has it: the first maximum, or the first NaN

@@ -60,44 +60,39 @@ struct Factors {
   T softmax, target;  // of e and of y
 };
 
-// What softmax sees of a logit x: s = scale * x, then cap * tanh(s / cap).
-template <class T, bool kCapped>
+// x, whose rounding no contraction undoes: fused with the subtraction of a maximum or lse that was rounded, the largest
+// logit would differ from itself. `zero` is 0, but the compiler does not know.
+FUSEDOPT_HD float rounded(float x, uint32_t zero) { return bit_cast<float>(bit_cast<uint32_t>(x) | zero); }
+FUSEDOPT_HD double rounded(double x, uint32_t zero) { return bit_cast<double>(bit_cast<uint64_t>(x) | zero); }
+
+enum class Scaling { kNone, kScaled, kCapped };
+
+// What softmax sees of a logit x: x itself; s = scale * x; or that, then cap * tanh(s / cap).
+template <class T, Scaling kScaling>
 struct Logit {
   T scale, cap, inverse;
+  uint32_t zero;
 
   FUSEDOPT_HD explicit Logit(const CrossEntropyArgs& a)
-      : scale(T(a.logit_scale)), cap(T(a.softcap)), inverse(kCapped ? T(1 / a.softcap) : T(0)) {}
+      : scale(T(a.logit_scale)),
+        cap(T(a.softcap)),
+        inverse(kScaling == Scaling::kCapped ? T(1 / a.softcap) : T(0)),
+        zero(uint32_t(a.rows < 0)) {}
 
-  FUSEDOPT_HD T scaled(T x) const { return scale * x; }
+  FUSEDOPT_HD T scaled(T x) const { return kScaling == Scaling::kNone ? x : rounded(scale * x, zero); }
   FUSEDOPT_HD T capped(T scaled) const {
-    if constexpr (kCapped) return cap * tanh_of(inverse * scaled);
+    if constexpr (kScaling == Scaling::kCapped) return rounded(cap * tanh_of(inverse * scaled), zero);
     return scaled;
   }
   FUSEDOPT_HD T operator()(T x) const { return capped(scaled(x)); }
 
-  // A row's largest s is that of its largest sign() * x.
-  FUSEDOPT_HD T sign() const { return scale < T(0) ? T(-1) : T(1); }
-  // s less the largest s of the row. Not scale * x - max: fused, that leaves the rounding error of max where 0 is due,
-  // 1e-4 of a logit of 3000.
-  FUSEDOPT_HD T from_largest(T x, T largest_x, T max) const {
-    if constexpr (kCapped) return (*this)(x)-max;
-    return scale * (x - largest_x);
-  }
-
   // d loss / dx of a logit with e = exp(s - max) and target y
   FUSEDOPT_HD T gradient(const Factors<T>& factor, T e, T s, T y) const {
     const T grad = factor.softmax * e - factor.target * y;
-    if constexpr (kCapped) return grad * (1 - (s * inverse) * (s * inverse));
+    if constexpr (kScaling == Scaling::kCapped) return grad * (1 - (s * inverse) * (s * inverse));
     return grad;
   }
 };
-
-// The probability of s, which the rounding of lse must not take above 1.
-template <class T>
-FUSEDOPT_HD T probability_of(T s, T lse) {
-  const T log_p = s - lse;
-  return exp_of(log_p > T(0) ? T(0) : log_p);
-}
 
 // e log e of an unnormalised probability e = exp(from_max); its limit at 0
 template <class T>

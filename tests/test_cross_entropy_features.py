@@ -138,7 +138,7 @@ ROWS = {
     "nan": [torch.nan, 0.0, 1.0],
     "equal": [2.0, 2.0, 2.0],
     "wide": [1e4, -1e4, 0.0],
-    "huge": [3e38, -3e38, 0.0],
+    "huge": [1e36, -1e36, 0.0],
 }
 
 
@@ -146,8 +146,6 @@ ROWS = {
 @pytest.mark.parametrize("extras", EXTRAS[1:], ids=str)
 @pytest.mark.parametrize("layout", ["rows", "pixels"])
 def test_adversarial_rows_as_torchs_operators(row, extras, layout):
-    if max(map(abs, row)) == 3e38 and "logit_scale" in extras:
-        pytest.skip("the range of such a row is infinite before it is scaled")
     rows = torch.tensor([row, [0.5, 1.0, -1.0]])
     indices = [torch.tensor([t, 1]) for t in range(3)]
     for target in [*indices, *(F.one_hot(t, 3).float() for t in indices)]:
@@ -165,9 +163,7 @@ def test_adversarial_rows_as_torchs_operators(row, extras, layout):
                 results.append((loss.detach(), a.grad))
             (loss, grad), (expected, expected_grad) = results
             torch.testing.assert_close(loss, expected, equal_nan=True, rtol=4e-6, atol=4e-6)
-            # "none" goes by the saved float32 log-sum-exp, as far off as its last place
-            last_place = 2.4e-7 * rows[rows.isfinite()].abs().max().item() if reduction == "none" else 0.0
-            torch.testing.assert_close(grad, expected_grad, equal_nan=True, rtol=2e-5, atol=1e-5 + last_place)
+            torch.testing.assert_close(grad, expected_grad, equal_nan=True, rtol=2e-5, atol=1e-5)
 
 
 # --- statistics ---
@@ -181,13 +177,12 @@ def check_stats(x, target, stats, **extras):
     tolerance = {"rtol": 1e-12, "atol": 1e-12}
     if compute == torch.float32:  # the cap multiplies tanh's error, and p log p that of p
         tolerance = {"rtol": 2e-6, "atol": 4e-6 + 2e-6 * (cap or 0.0)}
+    lse = s.logsumexp(1)
     argmax = (x.to(compute) * scale).argmax(1)
     hit = target.argmax(1) if target.is_floating_point() else target
     assert isinstance(stats, Stats)
     assert all(not t.requires_grad and t.shape == argmax.shape for t in stats)
-    lse = s.logsumexp(1)
-    lse = lse.where(lse.isfinite(), torch.nan)  # as the loss
-    torch.testing.assert_close(stats.lse, lse.to(compute), equal_nan=True, **tolerance)
+    torch.testing.assert_close(stats.lse, lse.where(lse.isfinite(), torch.nan).to(compute), equal_nan=True, **tolerance)
     assert torch.equal(stats.argmax, argmax)
     assert torch.equal(stats.correct, argmax == hit)  # an ignored target is no class
     exact = torch.special.entr(s.softmax(1)).sum(1)

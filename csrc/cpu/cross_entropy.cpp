@@ -15,8 +15,8 @@ FUSEDOPT_HD void prefetch_half(const S* half, int64_t begin, int64_t end) {
   for (int64_t c = begin / 2; c < end / 2; c += int64_t(64 / sizeof(S))) __builtin_prefetch(half + c, 0, 2);
 }
 
-template <class S>
-Compute<S> row_max(const S* x, int64_t n, Compute<S> scale) {
+template <class S, class L>
+Compute<S> row_max(const S* x, int64_t n, const L& logit) {
   using T = Compute<S>;
   // Lanes of a fixed width: `a > b ? a : b` is no reduction that gcc would reorder by itself.
   constexpr int kLanes = 64;
@@ -25,21 +25,21 @@ Compute<S> row_max(const S* x, int64_t n, Compute<S> scale) {
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes)
     for (int j = 0; j < kLanes; ++j) {
-      const T v = scale * load(x[c + j]);
+      const T v = logit.scaled(load(x[c + j]));
       lane[j] = v > lane[j] ? v : lane[j];
     }
   T max = -__builtin_inf();
   for (int j = 0; j < kLanes; ++j) max = lane[j] > max ? lane[j] : max;
   for (; c < n; ++c) {
-    const T v = scale * load(x[c]);
+    const T v = logit.scaled(load(x[c]));
     max = v > max ? v : max;
   }
   return max;
 }
 
-// torch.argmax of scale * x, whose largest number is `max`: the first NaN, or the first `max`.
-template <class S>
-int64_t row_argmax(const S* x, int64_t n, Compute<S> scale, Compute<S> max) {
+// torch.argmax of the scaled x, whose largest number is `max`: the first NaN, or the first `max`.
+template <class S, class L>
+int64_t row_argmax(const S* x, int64_t n, const L& logit, Compute<S> max) {
   using T = Compute<S>;
   int64_t first = n;
   for (int64_t block = 0; block < n; block += kBlock) {
@@ -47,13 +47,13 @@ int64_t row_argmax(const S* x, int64_t n, Compute<S> scale, Compute<S> max) {
     int nans = 0, hits = 0;
 #pragma omp simd reduction(+ : nans, hits)
     for (int64_t c = block; c < stop; ++c) {
-      const T v = scale * load(x[c]);
+      const T v = logit.scaled(load(x[c]));
       nans += v != v;
       hits += v == max;
     }
     if (!nans && (!hits || first < n)) continue;
     for (int64_t c = block; c < stop; ++c) {
-      const T v = scale * load(x[c]);
+      const T v = logit.scaled(load(x[c]));
       if (v != v) return c;
       if (v == max && first == n) first = c;
     }
@@ -63,9 +63,9 @@ int64_t row_argmax(const S* x, int64_t n, Compute<S> scale, Compute<S> max) {
 
 // kKeep: leave what the gradient is made of in `kept`, which may lie over x: exp(s - max), since a second exp would
 // cost more than reading it back; under a cap s itself, for the slope.
-template <bool kKeep, bool kEntropy, class S, Target kTarget, bool kWeighted, bool kCapped>
-Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const Logit<Compute<S>, kCapped>& logit, const S* x, int64_t n,
-             Compute<S> largest_x, Compute<S> max, Compute<S>* kept, const S* next) {
+template <bool kKeep, bool kEntropy, class S, Target kTarget, bool kWeighted, Scaling kScaling>
+Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, Logit<Compute<S>, kScaling> logit, const S* x, int64_t n,
+             Compute<S> max, Compute<S>* kept, const S* next) {
   using T = Compute<S>;
   Sums sums;
   for (int64_t block = 0; block < n; block += kBlock) {
@@ -74,13 +74,14 @@ Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, const Logit<Compute<S>, 
     T exps = 0, mass = 0, dot = 0, exp_log = 0;
 #pragma omp simd reduction(+ : exps, mass, dot, exp_log)
     for (int64_t c = block; c < stop; ++c) {
-      const T from_max = logit.from_largest(load(x[c]), largest_x, max);
+      const T s = logit(load(x[c]));
+      const T from_max = s - max;
       const T e = exp_of(from_max);
       exps += e;
       if constexpr (kTarget != Target::kIndex) dot += y.dense(c) * from_max;
       if constexpr (kTarget == Target::kProbability) mass += y.dense(c);
       if constexpr (kEntropy) exp_log += times_log(e, from_max);
-      if constexpr (kKeep) kept[c] = kCapped ? logit(load(x[c])) : e;
+      if constexpr (kKeep) kept[c] = kScaling == Scaling::kCapped ? s : e;
     }
     sums.exp += exps;
     sums.mass += mass;
@@ -96,8 +97,8 @@ struct ExpAndLogit {
 };
 
 // `read(c)` gives exp(s - max) and s of a class. `next` is the row that this thread will read after this one.
-template <class S, Target kTarget, bool kWeighted, bool kCapped, class T, class Read>
-void write_grad(const RowTarget<S, kTarget, kWeighted>& y, const Logit<T, kCapped>& logit, const Factors<T>& factors,
+template <class S, Target kTarget, bool kWeighted, Scaling kScaling, class T, class Read>
+void write_grad(const RowTarget<S, kTarget, kWeighted>& y, Logit<T, kScaling> logit, Factors<T> factors,
                 const Read& read, ExpAndLogit<T> at_label, S* grad, int64_t n, const S* next) {
   for (int64_t block = 0; block < n; block += kPrefetchBlock) {
     const int64_t stop = n < block + kPrefetchBlock ? n : block + kPrefetchBlock;
@@ -116,14 +117,15 @@ template <class S, Target kTarget, bool kWeighted>
 bool is_correct(const CrossEntropyArgs& a, const RowTarget<S, kTarget, kWeighted>& y, int64_t argmax) {
   using T = Compute<S>;
   if constexpr (kTarget != Target::kProbability) return !y.ignored && argmax == y.label;
-  return argmax == row_argmax(y.probability, a.classes, T(1), row_max(y.probability, a.classes, T(1)));
+  const Logit<T, Scaling::kNone> as_it_is(a);
+  return argmax == row_argmax(y.probability, a.classes, as_it_is, row_max(y.probability, a.classes, as_it_is));
 }
 
-template <class S, Target kTarget, bool kWeighted, bool kCapped, bool kEntropy>
+template <class S, Target kTarget, bool kWeighted, Scaling kScaling, bool kEntropy>
 void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unused]] void* scratch) {
   using T = Compute<S>;
   const int64_t n = a.classes;
-  const Logit<T, kCapped> logit(a);
+  const Logit<T, kScaling> logit(a);
   for (int64_t row = begin; row < end; ++row) {
     const S* x = static_cast<const S*>(a.logits) + row * a.logits_stride;
     S* grad = a.grad ? static_cast<S*>(a.grad) + row * a.grad_stride : nullptr;
@@ -131,11 +133,10 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
     T& lse = static_cast<T*>(a.lse)[row];
     const RowTarget<S, kTarget, kWeighted> y(a, row);
     if (!y.ignored || a.argmax) {
-      const T largest_x = logit.sign() * row_max(x, n, logit.sign()), max = logit(largest_x);
-      const T x_label = load(x[y.label]);  // read before grad lies over x
-      const T label_from_max = logit.from_largest(x_label, largest_x, max);
+      const T top = row_max(x, n, logit), max = logit.capped(top);
+      const T s_label = logit(load(x[y.label]));  // read before grad lies over x
       if (a.argmax) {
-        a.argmax[row] = row_argmax(x, n, logit.scale, logit.scaled(largest_x));
+        a.argmax[row] = row_argmax(x, n, logit, top);
         a.correct[row] = is_correct(a, y, a.argmax[row]);
       }
       T* kept = nullptr;
@@ -146,11 +147,11 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
           kept = static_cast<T*>(scratch);  // a 16-bit exp would be rounded twice
       }
       const S* next = row + 1 < end ? x + a.logits_stride : nullptr;
-      Sums sums = kept ? sum_row<true, kEntropy>(y, logit, x, n, largest_x, max, kept, next)
-                       : sum_row<false, kEntropy>(y, logit, x, n, largest_x, max, kept, next);
+      Sums sums = kept ? sum_row<true, kEntropy>(y, logit, x, n, max, kept, next)
+                       : sum_row<false, kEntropy>(y, logit, x, n, max, kept, next);
       if constexpr (kTarget != Target::kProbability) {
         sums.mass = y.smoothing.dense_mass(a) + y.one_hot;
-        sums.dot += y.one_hot * label_from_max;
+        sums.dot += y.one_hot * (s_label - max);
       }
       const RowLoss of(sums, max, a.z_loss);
       loss = T(of.loss);
@@ -160,9 +161,9 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
         const double factor = a.grad_factor * a.logit_scale;
         const Factors<T> factors{T(factor * per_lse(sums.mass, of.lse, a.z_loss) / sums.exp), T(factor)};
         const auto read = [=](int64_t c) -> ExpAndLogit<T> {
-          return {kCapped ? exp_of(kept[c] - max) : kept[c], kept[c]};
+          return {kScaling == Scaling::kCapped ? exp_of(kept[c] - max) : kept[c], kept[c]};
         };
-        write_grad(y, logit, factors, read, {exp_of(label_from_max), logit(x_label)}, grad, n, next);
+        write_grad(y, logit, factors, read, {exp_of(s_label - max), s_label}, grad, n, next);
       }
     }
     if (y.ignored) {
@@ -174,11 +175,11 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
 }
 
 // From lse alone, for the losses whose upstream gradient must come in before the rounding: reduction "none", float16.
-template <class S, Target kTarget, bool kWeighted, bool kCapped>
+template <class S, Target kTarget, bool kWeighted, Scaling kScaling>
 void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end, void*) {
   using T = Compute<S>;
   const int64_t n = a.classes;
-  const Logit<T, kCapped> logit(a);
+  const Logit<T, kScaling> logit(a);
   for (int64_t row = begin; row < end; ++row) {
     const S* x = static_cast<const S*>(a.logits) + row * a.logits_stride;
     S* grad = static_cast<S*>(a.grad) + row * a.grad_stride;
@@ -195,22 +196,22 @@ void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end, void*) {
     const T lse = static_cast<const T*>(a.lse)[row];
     const auto read = [=](int64_t c) -> ExpAndLogit<T> {
       const T s = logit(load(x[c]));
-      return {probability_of(s, lse), s};
+      return {exp_of(s - lse), s};
     };
     const Factors<T> factors{T(factor * per_lse(mass, lse, a.z_loss)), T(factor)};
     write_grad(y, logit, factors, read, read(y.label), grad, n, static_cast<const S*>(nullptr));
   }
 }
 
-template <class S, bool kCapped, bool kEntropy>
+template <class S, Scaling kScaling, bool kEntropy>
 struct Forward {
   template <Target kTarget, bool kWeighted>
-  static constexpr CrossEntropyKernel kernel = forward<S, kTarget, kWeighted, kCapped, kEntropy>;
+  static constexpr CrossEntropyKernel kernel = forward<S, kTarget, kWeighted, kScaling, kEntropy>;
 };
-template <class S, bool kCapped, bool>
+template <class S, Scaling kScaling, bool>
 struct Backward {
   template <Target kTarget, bool kWeighted>
-  static constexpr CrossEntropyKernel kernel = backward<S, kTarget, kWeighted, kCapped>;
+  static constexpr CrossEntropyKernel kernel = backward<S, kTarget, kWeighted, kScaling>;
 };
 
 }  // namespace

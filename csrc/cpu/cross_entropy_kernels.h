@@ -23,13 +23,15 @@ CrossEntropyKernel for_target(const CrossEntropyArgs& a) {
                   : Pass::template kernel<Target::kSmoothedIndex, false>;
 }
 
-template <template <class, bool kCapped, bool kEntropy> class Pass, class S>
+template <template <class, Scaling kScaling, bool kEntropy> class Pass, class S>
 CrossEntropyKernel for_logits(const CrossEntropyArgs& a) {
-  if (a.softcap != 0) return for_target<Pass<S, true, true>>(a);  // beside a tanh the entropy costs nothing
-  return a.argmax ? for_target<Pass<S, false, true>>(a) : for_target<Pass<S, false, false>>(a);
+  // the entropy is little beside a tanh, and a scale seldom comes alone
+  if (a.softcap != 0) return for_target<Pass<S, Scaling::kCapped, true>>(a);
+  if (a.logit_scale != 1) return for_target<Pass<S, Scaling::kScaled, true>>(a);
+  return a.argmax ? for_target<Pass<S, Scaling::kNone, true>>(a) : for_target<Pass<S, Scaling::kNone, false>>(a);
 }
 
-template <template <class, bool kCapped, bool kEntropy> class Pass>
+template <template <class, Scaling kScaling, bool kEntropy> class Pass>
 CrossEntropyKernel cross_entropy_kernel(const CrossEntropyArgs& a) {
   switch (a.dtype) {
     case Dtype::kF64:

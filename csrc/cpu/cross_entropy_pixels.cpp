@@ -63,8 +63,8 @@ struct Block {
   }
 
   // `exp_of_logit(s, i)` and `logit_of(c, i)` give e and s
-  template <bool kCapped, class Exp, class Read>
-  FUSEDOPT_HD void write_grad(const Logit<T, kCapped>& logit, const T* softmax, const T* factor,
+  template <Scaling kScaling, class Exp, class Read>
+  FUSEDOPT_HD void write_grad(const Logit<T, kScaling>& logit, const T* softmax, const T* factor,
                               const Exp& exp_of_logit, const Read& logit_of) const {
     S* grad = plane<S>(a.grad, a, row, a.grad_stride);
     for (int64_t c = 0; c < a.classes; ++c, grad += a.grad_class_stride) {
@@ -104,10 +104,10 @@ void first_max(int64_t classes, int64_t n, const Read& read, T* max, int32_t* ar
   }
 }
 
-template <class S, Target kTarget, bool kCapped, bool kEntropy>
+template <class S, Target kTarget, Scaling kScaling, bool kEntropy>
 void forward_block(const CrossEntropyArgs& a, int64_t row, int64_t n, int64_t width, Compute<S>* scratch) {
   using T = Compute<S>;
-  const Logit<T, kCapped> logit(a);
+  const Logit<T, kScaling> logit(a);
   Block<S, kTarget> block(a, row, n);
   T max[kMaxPixels];
   double exps[kMaxPixels], dots[kMaxPixels], exp_logs[kMaxPixels];
@@ -157,7 +157,7 @@ void forward_block(const CrossEntropyArgs& a, int64_t row, int64_t n, int64_t wi
           dot[i] += block.target(c, w, i) * from_max;
         if constexpr (kTarget == Target::kProbability) mass[i] += block.target(c, w, i);
         if constexpr (kEntropy) exp_log[i] += times_log(e, from_max);
-        kept[i] = kCapped ? s : e;
+        kept[i] = kScaling == Scaling::kCapped ? s : e;
       }
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -180,14 +180,15 @@ void forward_block(const CrossEntropyArgs& a, int64_t row, int64_t n, int64_t wi
   }
   if (!a.grad) return;
   block.write_grad(
-      logit, softmax, factor, [&](T kept, int64_t i) { return kCapped ? exp_of(kept - max[i]) : kept; },
+      logit, softmax, factor,
+      [&](T kept, int64_t i) { return kScaling == Scaling::kCapped ? exp_of(kept - max[i]) : kept; },
       [=](int64_t c, int64_t i) { return scratch[c * width + i]; });
 }
 
-template <class S, Target kTarget, bool kCapped>
+template <class S, Target kTarget, Scaling kScaling>
 void backward_block(const CrossEntropyArgs& a, int64_t row, int64_t n) {
   using T = Compute<S>;
-  const Logit<T, kCapped> logit(a);
+  const Logit<T, kScaling> logit(a);
   Block<S, kTarget> block(a, row, n);
   if constexpr (kTarget == Target::kProbability)
     for (int64_t c = 0; c < a.classes; ++c) {
@@ -204,7 +205,7 @@ void backward_block(const CrossEntropyArgs& a, int64_t row, int64_t n) {
     factor[i] = T(scaled_factor);
   }
   block.write_grad(
-      logit, softmax, factor, [=](T s, int64_t i) { return probability_of(s, lse[i]); },
+      logit, softmax, factor, [=](T s, int64_t i) { return exp_of(s - lse[i]); },
       [&](int64_t c, int64_t i) { return logit(load(block.x[c * a.logits_class_stride + i])); });
 }
 
@@ -220,23 +221,23 @@ void for_blocks(const CrossEntropyArgs& a, int64_t begin, int64_t end, int64_t w
 }
 
 // A class weighs the same for all pixels of a block: whether there are weights is asked once per class.
-template <class S, bool kCapped, bool kEntropy>
+template <class S, Scaling kScaling, bool kEntropy>
 struct Forward {
   template <Target kTarget, bool>
   static constexpr CrossEntropyKernel kernel =
       [](const CrossEntropyArgs& a, int64_t begin, int64_t end, void* scratch) {
         const int64_t width = pixel_block(a.classes);
         for_blocks(a, begin, end, width, [&](int64_t row, int64_t n) {
-          forward_block<S, kTarget, kCapped, kEntropy>(a, row, n, width, static_cast<Compute<S>*>(scratch));
+          forward_block<S, kTarget, kScaling, kEntropy>(a, row, n, width, static_cast<Compute<S>*>(scratch));
         });
       };
 };
-template <class S, bool kCapped, bool>
+template <class S, Scaling kScaling, bool>
 struct Backward {
   template <Target kTarget, bool>
   static constexpr CrossEntropyKernel kernel = [](const CrossEntropyArgs& a, int64_t begin, int64_t end, void*) {
     for_blocks(a, begin, end, kMaxPixels,
-               [&](int64_t row, int64_t n) { backward_block<S, kTarget, kCapped>(a, row, n); });
+               [&](int64_t row, int64_t n) { backward_block<S, kTarget, kScaling>(a, row, n); });
   };
 };
 

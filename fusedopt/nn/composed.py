@@ -75,6 +75,7 @@ def statistics(logits: Tensor, target: Tensor, rule: Any) -> tuple[Tensor, Tenso
     dim = class_dim(logits)
     s = scaled(logits.detach(), rule)
     lse = s.logsumexp(dim)
+    lse = lse.where(lse.isfinite(), torch.nan)
     log_p = s - lse.unsqueeze(dim)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0.0, p * log_p).sum(dim)

@@ -32,7 +32,7 @@ class Stats(NamedTuple):
     Each has the index target's shape. Ignored rows have them too.
     """
 
-    lse: Tensor  # logsumexp(s), compute dtype (float32; float64 for float64 logits); NaN where infinite, as the loss
+    lse: Tensor  # logsumexp(s), NaN where it is infinite; compute dtype (float32; float64 for float64 logits)
     argmax: (
         Tensor  # int64: the class of the largest logit_scale * logits, as torch.argmax says; the cap keeps the order
     )
