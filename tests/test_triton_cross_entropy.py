@@ -33,6 +33,7 @@ class Stats(NamedTuple):
     entropy: Tensor
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="is what started it")
 def test_in_the_interpreter():

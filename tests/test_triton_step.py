@@ -18,6 +18,7 @@ from fusedopt.backends.triton import table
 needs_native = pytest.mark.skipif(cpu.available() is not True, reason=str(cpu.available()))
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="is what started it")
 def test_in_the_interpreter():
