@@ -45,9 +45,10 @@ def linear_cross_entropy(
     The rows are walked in chunks. For "mean" and "sum" the gradients of input, weight and bias are made during forward,
     from each chunk's logits while they are there, and backward multiplies them by the upstream gradient; "none" makes
     the logits of each chunk again in backward. What is taken beyond the gradients themselves is `chunk_bytes`, a
-    float32 copy of the weight's gradient where that has 16 bits and there is more than one chunk, and under autocast
-    the weight in its dtype. The weight's gradient is summed over the chunks in float32. What needs no gradient costs no
-    product, and on the CPU rows with target `ignore_index` take part in none.
+    float32 copy of the weight's gradient where that has 16 bits and there is more than one chunk (there is one where
+    its logits take no more than both), and under autocast the weight in its dtype. The weight's gradient is summed over
+    the chunks in float32. What needs no gradient costs no product, and on the CPU rows with target `ignore_index` take
+    part in none.
 
     In float16 the gradients are kept as for "sum", the weight's in float32, and divided by the mean's denominator when
     the upstream gradient, with GradScaler's scale in it, has come: 1 / N alone would underflow.

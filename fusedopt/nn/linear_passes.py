@@ -59,12 +59,27 @@ def _kernels(logits: Tensor, target: Tensor) -> ModuleType:
     return backends.module(name) if name and fits else torch_rows
 
 
-def _row_bytes(x: Tensor, classes: int, target: Tensor, call: Call) -> int:
+def _row_bytes(x: Tensor, classes: int, target: Tensor, call: Call, gathered: bool) -> int:
     """What one row of a chunk takes: its logits, temporaries, and x in another dtype or gathered, with its gradient."""
+    copied = gathered or x.dtype != call.dtype
     probe = torch.empty(1, 1, dtype=call.dtype, device=x.device)
     fused = _kernels(probe, target) is not torch_rows
     per_logit = call.dtype.itemsize + (0 if fused else torch_rows.TEMPORARIES * compute_dtype(call.dtype).itemsize)
-    return classes * per_logit + 2 * x.shape[1] * call.dtype.itemsize
+    return classes * per_logit + 2 * copied * x.shape[1] * call.dtype.itemsize
+
+
+def _chunk_rows(
+    keep: Tensor | None, x: Tensor, weight: Tensor, target: Tensor, call: Call, needs: tuple[bool, bool, bool],
+    wide: bool = False,
+) -> int:  # fmt: skip
+    """Rows per chunk. All of them where that takes no more than smaller chunks and the float32 sum that they need."""
+    n = x.shape[0] if keep is None else keep.shape[0]
+    row_bytes = _row_bytes(x, weight.shape[0], target, call, keep is not None)
+    summed = needs[1] and call.dtype in chunks.HALVES and weight.dtype == call.dtype and not wide
+    spared = weight.numel() * 4 if summed else 0
+    if n * row_bytes <= call.chunk_bytes + spared and n <= (call.max_rows or n):
+        return max(1, n)
+    return chunks.rows_per_chunk(n, row_bytes, call.chunk_bytes, call.max_rows)
 
 
 # --- the two passes ---
@@ -107,9 +122,9 @@ def forward(
     keep = _kept(target, call)
     counting = target if keep is None else target.index_select(0, keep)
     n = counting.shape[0]
-    chunk = chunks.rows_per_chunk(n, _row_bytes(x, classes, target, call), call.chunk_bytes, call.max_rows)
     needs = needs if call.reduction != "none" else (False, False, False)
     late = call.dtype == torch.float16
+    chunk = _chunk_rows(keep, x, weight, target, call, needs, wide=late)
     products = Products(x, weight, bias, call.dtype, keep=keep, chunk=chunk, needs=needs, wide=late)
     loss, lse = torch.empty(2, n, dtype=compute, device=x.device).unbind()
     stats = torch_rows.new_stats(n, compute, x.device)._replace(lse=lse) if call.return_stats else None
@@ -146,8 +161,7 @@ def backward(
     upstream = upstream.to(lse.dtype).contiguous()
     if keep is not None:
         target, upstream, lse = (column.index_select(0, keep) for column in (target, upstream, lse))
-    row_bytes = _row_bytes(x, weight.shape[0], target, call)
-    chunk = chunks.rows_per_chunk(target.shape[0], row_bytes, call.chunk_bytes, call.max_rows)
+    chunk = _chunk_rows(keep, x, weight, target, call, needs)
     products = Products(x, weight, bias, call.dtype, keep=keep, chunk=chunk, needs=needs)
     for rows in products.chunks():
         logits = products.logits(rows)
