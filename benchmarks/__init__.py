@@ -1,4 +1,4 @@
-"""Measurements against stock PyTorch; see `python -m benchmarks --help`."""
+"""What fusedopt's speed claims rest on: cases, their bytes, and the runner that times them. `python -m benchmarks`."""
 
 import os
 

@@ -95,7 +95,7 @@ def linear_cross_entropy(
     if not torch.compiler.is_compiling():
         backends.check(backend)
     ignore = -100 if ignore_index is None else ignore_index
-    dtype = _product_dtype(input)
+    dtype = product_dtype(input)
     rule = Rule(weight, ignore, label_smoothing, z_loss, softcap, logit_scale)
     tensors = (input, linear_weight, target, linear_bias, weight)
     if backend == "reference" or reduction not in ("none", "mean", "sum") or not _fusable(*tensors, dtype, rule):
@@ -196,7 +196,7 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", torch.n
 # --- what the fused path takes ---
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
