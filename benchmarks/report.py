@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from fusedopt.train.report import LABELS
+
 from . import cases_linear_loss, cases_loss, cases_loss_dense, cases_optim, cases_optim_gpu, host, install, store
 from .runner import STREAM, Case
 
@@ -168,7 +170,7 @@ def train_block(folder: Path, shown: str) -> str:
     stock, fused = summary["contenders"]["stock"], summary["contenders"]["fused"]
     ratios = summary["stock_over_fused"]
     cells = []
-    for phase, label in (("loss", "loss"), ("optimizer", "optimizer"), ("model", "model"), ("step", "whole step")):
+    for phase, label in LABELS.items():
         pair = [f"{digits(figures['ms'][phase]['median'])} ms" for figures in (stock, fused)]
         cells.append([label, *pair, f"{ratios[phase]:.2f}x"])
     speed = [f"{figures['tokens_per_second']:,.0f}" for figures in (stock, fused)]
