@@ -52,6 +52,17 @@ def test_cross_entropy_as_in_float64(kind, order, table, losses):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [("plain", "forward"), ("plain", "seed:1"), *(pytest.param(k, "seed:3", marks=thorough) for k in ("asan", "tsan"))],
+)
+def test_squared_error_as_in_float64(kind, order):
+    done = run(kind, "mse.py", order=order)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) losses agree", done.stdout)[1]) >= 100
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=thorough)])
 def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
     done = run(kind, "failures.py")

@@ -9,8 +9,9 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "../element.h"
 #include "launch.h"
+#include "sums.h"
+#include "vector.h"
 
 namespace fusedopt {
 namespace {
@@ -21,7 +22,6 @@ namespace cg = cooperative_groups;
 constexpr int kPacks = 8;         // 16-byte vectors that a thread holds
 constexpr int kMaxThreads = 256;  // of a row, in one block
 constexpr int kMaxCluster = 8;    // the most that every device with clusters grants
-constexpr int kWarp = 32;
 constexpr float kInfinity = __builtin_huge_valf();
 
 // What a row's targets are: a class, smoothed evenly or not at all; or something read of every class.
@@ -178,23 +178,6 @@ __device__ Part across_row(Part part) {
 }
 
 // --- one row ---
-
-// 16 bytes of elements. As words, because ptxas gives each 16-bit variable a register of its own.
-template <class S>
-struct Vector {
-  static constexpr int kSize = 16 / int(sizeof(S));
-  unsigned words[4] = {};
-
-  __device__ __forceinline__ S get(int i) const {
-    if constexpr (sizeof(S) == 4) return bit_cast<S>(words[i]);
-    if constexpr (sizeof(S) == 2) return bit_cast<S>(uint16_t(words[i / 2] >> (16 * (i % 2))));
-  }
-  // of an element that is still zero
-  __device__ __forceinline__ void set(int i, S e) {
-    if constexpr (sizeof(S) == 4) words[i] = bit_cast<unsigned>(e);
-    if constexpr (sizeof(S) == 2) words[i / 2] |= unsigned(bit_cast<uint16_t>(e)) << (16 * (i % 2));
-  }
-};
 
 // A row of classes as 16-byte vectors of memory: the first and the last may lie partly outside.
 template <class S>
@@ -457,26 +440,6 @@ __global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kVariant>)) void row
 
 // --- sums over the rows: what the mean divides by, and the loss ---
 
-constexpr int kSumThreads = 256;
-
-// A block's share of sum(term(i)), in its thread 0.
-template <class Term>
-__device__ double block_sum(int64_t n, const Term& term) {
-  FUSEDOPT_SHARED(double, of_warp, [kSumThreads / kWarp]);
-  double sum = 0;
-  for (int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x; i < n; i += int64_t(gridDim.x) * kSumThreads)
-    sum += term(i);
-  const auto fold = [](double value) {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-  };
-  sum = fold(sum);
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x < kWarp) sum = fold(threadIdx.x < kSumThreads / kWarp ? of_warp[threadIdx.x] : 0.0);
-  return sum;
-}
-
 struct Targets {
   const int64_t* target;
   const float* weight;
@@ -578,21 +541,6 @@ Kernel kernel_for(const CudaCrossEntropyArgs& a, CudaPass pass) {
       throw std::invalid_argument("cross entropy has no CUDA kernel for these logits");
   }
 }
-
-// Makes a device current for a while.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : device_(device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() {
-    if (previous_ != device_) cudaSetDevice(previous_);
-  }
-
- private:
-  int device_, previous_ = 0;
-};
 
 // The code of an older architecture, which a newer device also runs, knows of no clusters.
 bool has_clusters(Kernel kernel) {

@@ -9,7 +9,7 @@ import torch  # noqa: E402
 from loss_oracle import make  # noqa: E402
 from optim_table import DTYPES, WITH_LION, make_params, train  # noqa: E402
 
-from fusedopt.nn.functional import cross_entropy  # noqa: E402
+from fusedopt.nn.functional import cross_entropy, mse_loss  # noqa: E402
 
 for case in WITH_LION:
     for dtypes in DTYPES:
@@ -23,4 +23,8 @@ for shape in [(5, 3), (3, 2053), (2, 70001)]:
                 options = {"label_smoothing": 0.1, "softcap": 9.0, "reduction": reduction, "return_stats": True}
                 loss, _ = cross_entropy(x, target, weight, **options, backend="cuda")
                 loss.sum().backward()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for n in (1, 1003, 300_000):
+        a, b = torch.randn(2, n, device="cuda", dtype=dtype)
+        mse_loss(a.requires_grad_(), b, backend="cuda").backward()
 print("all rules stepped, all losses computed")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from loss_oracle import assert_as_good_as_composition, make
 
-from fusedopt.nn.functional import cross_entropy, linear_cross_entropy
+from fusedopt.nn.functional import cross_entropy, linear_cross_entropy, mse_loss
 
 EXTRAS = [
     {},
@@ -114,3 +114,32 @@ def test_more_than_2_to_the_31_logits(backend):
     loss.backward()
     torch.testing.assert_close(x.grad[-1:].float(), last.grad, rtol=1e-2, atol=1e-6)
     torch.testing.assert_close(x.grad[0, :10].float(), torch.full((10,), 1 / classes, device="cuda"), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_squared_error(dtype, reduction, backend):
+    for shape, offset in (((7,), 0), ((1000, 1003), 0), ((999_999,), 1)):
+        numel = torch.Size(shape).numel()
+        storage = torch.randn(2, numel + offset, device="cuda").to(dtype)
+        a, b = (row[offset:].reshape(shape).requires_grad_() for row in storage)
+        loss = mse_loss(a, b, reduction=reduction, backend=backend)
+        upstream = torch.tensor(0.7, device="cuda")
+        found = torch.autograd.grad(loss, (a, b), upstream)
+        x, y = (t.detach().double().requires_grad_() for t in (a, b))
+        expected = F.mse_loss(x, y, reduction=reduction)
+        torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+        ulp = torch.finfo(dtype).eps
+        for ours, right in zip(found, torch.autograd.grad(expected, (x, y), upstream.double()), strict=True):
+            torch.testing.assert_close(ours.double(), right, rtol=2 * ulp, atol=ulp * torch.finfo(dtype).tiny)
+
+
+def test_squared_error_waits_for_nothing(backend):
+    a, b = torch.randn(2, 100_003, device="cuda").requires_grad_()
+    mse_loss(a, b.detach(), backend=backend).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mse_loss(a, b.detach(), backend=backend).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
