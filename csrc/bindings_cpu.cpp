@@ -312,7 +312,26 @@ PYBIND11_MODULE(_native, m) {
             for (const Launch& launch : launches) cpu_step(launch);
             return launches.size();
           },
-          "One step of every active slot; returns the number of launches.");
+          "One step of every active slot; returns the number of launches.")
+      .def(
+          "cpu_sum_squares",
+          [](const Table& t, int threads) {
+            std::vector<Array> grads;
+            for (const Slot& slot : t.slots())
+              if (slot.active && !slot.on_device) grads.push_back({slot.grad, slot.grad_dtype, slot.layout.numel});
+            py::gil_scoped_release release;
+            return cpu_sum_squares(grads, threads);
+          },
+          "Of the gradients of every active slot on the CPU.")
+      .def(
+          "on_devices",
+          [](const Table& t) {
+            py::list params;
+            for (const Slot& slot : t.slots())
+              if (slot.active && slot.on_device) params.append(py::reinterpret_borrow<py::object>(slot.param.get()));
+            return params;
+          },
+          "The parameters of the active slots that a device steps.");
 
   py::class_<DevicePlan>(m, "DevicePlan", py::module_local(), "The tables of an optimizer's steps on one device.")
       .def(py::init<>())

@@ -63,6 +63,13 @@ def test_squared_error_as_in_float64(kind, order):
 
 
 @pytest.mark.timeout(900)
+def test_clipping_as_on_the_cpu():
+    done = run("plain", "clip.py")
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) tensors agree", done.stdout)[1]) > 400
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=thorough)])
 def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
     done = run(kind, "failures.py")

@@ -589,11 +589,12 @@ def test_backends_that_are_not_there():
 
 
 @each
-def test_signature_is_stock_and_backend(case):
+def test_signature_is_stocks_and_then_ours(case):
     stock, fused = (inspect.signature(getattr(module, case.name)) for module in (torch.optim, fusedopt.optim))
     rows = [(p.name, p.kind, p.default) for p in fused.parameters.values()]
-    assert rows[:-1] == [(p.name, p.kind, p.default) for p in stock.parameters.values()]
-    assert rows[-1] == ("backend", inspect.Parameter.KEYWORD_ONLY, "auto")
+    assert rows[:-3] == [(p.name, p.kind, p.default) for p in stock.parameters.values()]
+    extra = [("backend", "auto"), ("max_norm", None), ("skip_non_finite", False)]
+    assert rows[-3:] == [(name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in extra]
     assert isinstance(case.fused(params(3)), getattr(torch.optim, case.name))
 
 

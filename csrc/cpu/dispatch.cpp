@@ -21,6 +21,7 @@ namespace fusedopt {
   CpuEngine::CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs&);  \
   CpuEngine::CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs&); \
   CpuEngine::MseKernel mse(const MseArgs&);                                      \
+  CpuEngine::NormKernel norm(Dtype);                                             \
   }
 FUSEDOPT_ISAS(FUSEDOPT_DECLARE)
 #undef FUSEDOPT_DECLARE
@@ -28,7 +29,7 @@ FUSEDOPT_ISAS(FUSEDOPT_DECLARE)
 namespace {
 
 #define FUSEDOPT_ENGINE(isa) \
-  {#isa, isa::step_kernel, isa::cross_entropy_forward, isa::cross_entropy_backward, isa::mse},
+  {#isa, isa::step_kernel, isa::cross_entropy_forward, isa::cross_entropy_backward, isa::mse, isa::norm},
 const CpuEngine kEngines[] = {FUSEDOPT_ISAS(FUSEDOPT_ENGINE)};
 #undef FUSEDOPT_ENGINE
 constexpr int kEngineCount = int(sizeof(kEngines) / sizeof(kEngines[0]));
@@ -190,6 +191,36 @@ double cpu_mse(const MseArgs& args, int threads) {
   parallel_for(threads, int64_t(sums.size()),
                [&](int64_t i) { sums[size_t(i)] = kernel(args, i * kSpan, std::min(args.numel, (i + 1) * kSpan)); });
   double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+double cpu_sum_squares(const std::vector<Array>& arrays, int threads) {
+  struct Piece {
+    const Array* array;
+    int64_t begin, end;
+  };
+  std::vector<Piece> pieces;
+  std::vector<size_t> turns{0};  // the pieces that a thread takes at a time: many small arrays, or one piece of a large
+  int64_t filled = 0, all = 0;
+  for (const Array& array : arrays)
+    for (int64_t begin = 0; begin < array.numel; begin += kSpan) {
+      pieces.push_back({&array, begin, std::min(array.numel, begin + kSpan)});
+      filled += pieces.back().end - begin + kRowCost;
+      all += pieces.back().end - begin + kRowCost;
+      if (filled >= kSpan) {
+        turns.push_back(pieces.size());
+        filled = 0;
+      }
+    }
+  if (turns.back() != pieces.size()) turns.push_back(pieces.size());
+  std::vector<double> sums(pieces.size());
+  if (all < kSerial) threads = 1;
+  parallel_for(threads, int64_t(turns.size()) - 1, [&](int64_t t) {
+    for (size_t i = turns[size_t(t)]; i < turns[size_t(t) + 1]; ++i)
+      sums[i] = engine()->norm(pieces[i].array->dtype)(pieces[i].array->data, pieces[i].begin, pieces[i].end);
+  });
+  double total = 0;  // in order: the same bits whatever the number of threads
   for (double sum : sums) total += sum;
   return total;
 }

@@ -1,5 +1,7 @@
 // The CPU engine as the bindings see it: instruction set chosen, work spread over threads.
 #pragma once
+#include <vector>
+
 #include "engine.h"
 
 namespace fusedopt {
@@ -16,6 +18,14 @@ bool cpu_step(const Launch& launch);
 bool cpu_cross_entropy_forward(const CrossEntropyArgs& args, int threads);
 bool cpu_cross_entropy_backward(const CrossEntropyArgs& args, int threads);
 double cpu_mse(const MseArgs& args, int threads);  // args.dtype is a floating-point one
+
+// Elements that lie densely.
+struct Array {
+  const void* data;
+  Dtype dtype;  // a floating-point one
+  int64_t numel;
+};
+double cpu_sum_squares(const std::vector<Array>& arrays, int threads);
 
 // Ask for huge pages behind [data, data + bytes) before it is first touched; a hint, without effect where unsupported.
 void advise_huge_pages(void* data, int64_t bytes);

@@ -40,6 +40,9 @@ struct CpuEngine {
   // The sum of squares of elements [begin, end), with the gradient when args.grad is set.
   using MseKernel = double (*)(const MseArgs&, int64_t begin, int64_t end);
   MseKernel (*mse)(const MseArgs&);
+  // The sum of squares of elements [begin, end).
+  using NormKernel = double (*)(const void*, int64_t begin, int64_t end);
+  NormKernel (*norm)(Dtype);
 };
 
 }  // namespace fusedopt

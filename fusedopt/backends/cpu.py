@@ -102,6 +102,11 @@ def step(table: Any, groups: list[tuple[list[float], float]]) -> int:
     return table.cpu_step(groups, torch.get_num_threads())
 
 
+def sum_of_squares(table: Any) -> float:
+    """Of the gradients of the table's active tensors on the CPU, in double, in one order whatever the threads."""
+    return table.cpu_sum_squares(torch.get_num_threads())
+
+
 def advised(tensor: Tensor) -> Tensor:
     """`tensor`, fresh and dense, asked onto huge pages when large: first touch is most of a large write's cost."""
     if tensor.numel() * tensor.element_size() >= HUGE:

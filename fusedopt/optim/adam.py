@@ -19,8 +19,14 @@ class Adam(FusedStep, torch.optim.Adam):
     Args: those of `torch.optim.Adam`, and
 
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (PyTorch's own kernels).
+        max_norm (float): clip by the total norm of all gradients, as `torch.nn.utils.clip_grad_norm_` would on float32
+            copies of them, but with the coefficient (float32 on GPUs) folded into the update: the gradients stay as
+            they are, and GradScaler needs no `unscale_`. `grad_norm` tells the norm, unscaled and before clipping. inf: measure only.
+        skip_non_finite (bool): leave out a step whose gradients' norm is inf or NaN, step counters included;
+            `skipped_steps` counts them. Otherwise such a step does what stock's does.
 
-    Raises: what `torch.optim.Adam` raises, and `BackendUnavailableError` for a backend that cannot run here.
+    Raises: what `torch.optim.Adam` raises; `BackendUnavailableError` for a backend that cannot run here; ValueError for
+    a max_norm that is not above 0, and for either option with differentiable=True.
 
     Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015; `torch.optim.Adam`.
     """
@@ -34,7 +40,7 @@ class Adam(FusedStep, torch.optim.Adam):
 class AdamW(FusedStep, torch.optim.AdamW):
     """Same as `torch.optim.AdamW`, in one fused pass: Adam with p <- p (1 - lr * weight_decay) ahead of it.
 
-    Args: those of `torch.optim.AdamW`, and `backend` as for `fusedopt.optim.Adam`.
+    Args: those of `torch.optim.AdamW`, and `backend`, `max_norm`, `skip_non_finite` as for `fusedopt.optim.Adam`.
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019; `torch.optim.AdamW`.
     """

@@ -19,6 +19,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from fusedopt import backends
 from fusedopt.backends import cpu, reference
+from fusedopt.optim.clip import Clip
 
 
 class Placement(NamedTuple):
@@ -68,14 +69,26 @@ class FusedStep:
         super().__init_subclass__(**kwargs)
         stock = inspect.signature(next(c for c in cls.__mro__[1:] if not issubclass(c, FusedStep)).__init__)
         own = inspect.signature(FusedStep.__init__).parameters
+        extra = [p for p in own.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
         cls.__signature__ = stock.replace(
-            parameters=[*list(stock.parameters.values())[1:], own["backend"]], return_annotation=inspect.Signature.empty
+            parameters=[*list(stock.parameters.values())[1:], *extra], return_annotation=inspect.Signature.empty
         )
 
-    def __init__(self, params: Any, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        backend: str = "auto",
+        max_norm: float | None = None,
+        skip_non_finite: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self._options = {"backend": backends.check(backend)}
+        self._clip = Clip(max_norm, skip_non_finite)
         self._forget()
         super().__init__(params, *args, **kwargs)
+        if self._clip.on and self.defaults.get("differentiable"):
+            raise ValueError("differentiable=True does not go with max_norm or skip_non_finite: clip the gradients")
 
     # --- a step ---
 
@@ -114,6 +127,9 @@ class FusedStep:
                 except Unfusable:
                     fallback[group_index].append(param)
 
+        if self._clip.on:
+            found_inf, scale = self._clip(self._table, fallback, found_inf, scale)
+            on_host = _Scaling(found_inf, scale)
         for group, tensors in zip(self.param_groups, fallback, strict=True):
             if tensors and not on_host.skip:
                 self._update_by_torch(group, tensors, on_host.inv_scale)
@@ -297,6 +313,16 @@ class FusedStep:
 
     # --- the instance: reports, copies, checkpoints ---
 
+    @property
+    def grad_norm(self) -> Tensor:
+        """() float32 or float64: the gradients' total norm at the last step, unscaled and before clipping. No sync."""
+        return self._clip.norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """() int64: how many steps `skip_non_finite` has left out. No synchronisation."""
+        return self._clip.skipped
+
     def backend_report(self) -> list[Placement]:
         """Where each parameter's update runs, and why, as far as its present gradient tells."""
         report = []
@@ -343,7 +369,7 @@ class FusedStep:
         self._counters: dict[torch.device, tuple[Tensor, int]] = {}  # a flat tensor, and how many of it are taken
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options}
+        return {**super().__getstate__(), "_options": self._options, "_clip": self._clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
