@@ -75,11 +75,12 @@ FEATURES = {
 BOTH = {"class indices, ignore_index", "label smoothing", "reductions mean, sum, none"}
 DTYPES = {"float32", "bfloat16", "float16", "float64"}
 HEAD = {"bias", "frozen weight"}
-CLASSIFICATION = BOTH | {"class probabilities", "weight per class", "z-loss", "soft cap", "logit scale", "statistics"}
+SCORES = {"z-loss", "soft cap", "logit scale"}
+CLASSIFICATION = BOTH | SCORES | {"class probabilities", "weight per class", "statistics"}
 KNOWN = {
     "cross entropy": CLASSIFICATION | DTYPES | set(list(FEATURES)[9:12]),
     "linear cross entropy": CLASSIFICATION | HEAD | DTYPES,
-    "distillation": BOTH | HEAD | DTYPES | set(list(FEATURES)[14:18]),
+    "distillation": BOTH | SCORES | HEAD | DTYPES | set(list(FEATURES)[14:18]),
     "mean squared error": {"reductions mean, sum, none"} | DTYPES,
 }
 
@@ -165,24 +166,30 @@ def try_linear_cross_entropy(
 
 def try_distillation(
     reduction, dtype=torch.float32, bias=False, frozen=False, divergence="forward_kl", whole_teacher=False,
-    temperature=1.0, hard_weight=0.0, label_smoothing=0.0,
+    temperature=1.0, hard_weight=0.0, label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0,
 ):  # fmt: skip
     g, _, target = data(dtype)
     (x, w, b), exact = head(g, dtype, bias, frozen)
     tx, tw = torch.randn(N, 5, generator=g).to(dtype), torch.randn(V, 5, generator=g).to(dtype)
     teacher = {"teacher_logits": tx @ tw.t()} if whole_teacher else {"teacher_input": tx, "teacher_weight": tw}
-    hard_weight = hard_weight or (0.5 if label_smoothing else 0.0)
+    hard_weight = hard_weight or (0.5 if label_smoothing or z_loss else 0.0)
     loss = linear_distillation(
         x, w, target=target, linear_bias=b, **teacher, divergence=divergence, temperature=temperature,
-        hard_weight=hard_weight, label_smoothing=label_smoothing, reduction=reduction, chunk_bytes=1400,
+        hard_weight=hard_weight, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, teacher_softcap=softcap, teacher_logit_scale=logit_scale, reduction=reduction,
+        chunk_bytes=1400,
     )  # fmt: skip
     t = (tx @ tw.t()).double() if whole_teacher else tx.double() @ tw.double().t()
     s = torch.nn.functional.linear(*exact)
+    s, t = s * logit_scale, t * logit_scale
+    if softcap is not None:
+        s, t = (softcap * torch.tanh(logits / softcap) for logits in (s, t))
     q, p = (s / temperature).softmax(1), (t / temperature).softmax(1)
     kl = lambda a, b: (a * (a / b).log()).sum(1)  # noqa: E731
     soft = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2}
     rows = (1 - hard_weight) * temperature**2 * soft[divergence]
     hard = torch.nn.functional.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing)
+    hard = hard + z_loss * s.logsumexp(1).square()
     rows = (rows + hard_weight * hard).where(target != -100, 0)
     expected = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / (target != -100).sum()}[reduction]
     judge(loss, [t for t in (x, w, b) if t is not None], expected, [t for t in exact if t is not None], dtype)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_mode import Watch
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import fusedopt
 from fusedopt.nn.functional import linear_distillation
@@ -28,10 +29,16 @@ def make(n=23, h=8, ht=5, v=37, dtype=torch.float32, seed=0):
 
 def by_torch(
     x, w, b, teacher, target, *, divergence="forward_kl", beta=0.5, temperature=1.0, hard_weight=0.0,
-    reduction="mean", label_smoothing=0.0,
+    reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0, teacher_softcap=None,
+    teacher_logit_scale=1.0,
 ):  # fmt: skip
     """Whole logits, in the inputs' dtype; the teacher's are given."""
-    s = x @ w.t() if b is None else x @ w.t() + b
+
+    def seen(logits, scale, cap):
+        return logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
+
+    s = seen(x @ w.t() if b is None else x @ w.t() + b, logit_scale, softcap)
+    teacher = seen(teacher, teacher_logit_scale, teacher_softcap)
     q, p = (s / temperature).softmax(-1), (teacher / temperature).softmax(-1)
 
     def kl(a, b):
@@ -46,7 +53,8 @@ def by_torch(
     rows = (1 - hard_weight) * temperature**2 * soft
     counts = torch.ones_like(rows, dtype=torch.bool) if target is None else target != -100
     if hard_weight:
-        rows = rows + hard_weight * F.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing)
+        hard = F.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing)
+        rows = rows + hard_weight * (hard + z_loss * s.logsumexp(-1).square())
     rows = rows.where(counts, 0)
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / counts.sum()}[reduction]
 
@@ -85,6 +93,17 @@ def test_as_in_float64(dtype, divergence, reduction):
         check(dtype, whole_teacher=whole_teacher, divergence=divergence, reduction=reduction, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_capped_and_scaled_logits(dtype, divergence, reduction):
+    """Gradients are compared with float64's by size: a cap's slope at rounded logits is off by their rounding."""
+    options = {"softcap": 3.0, "logit_scale": 0.7, "teacher_softcap": 4.0, "teacher_logit_scale": 1.3}
+    for whole_teacher, hard_weight in itertools.product((False, True), (0.0, 0.3)):
+        options |= {"z_loss": 0.01, "temperature": 2.5, "hard_weight": hard_weight}
+        check(dtype, whole_teacher=whole_teacher, divergence=divergence, reduction=reduction, **options)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.fixed_dictionaries(
@@ -116,6 +135,53 @@ def test_a_perfect_student():
         loss = linear_distillation(a, w, teacher_logits=x @ w.t() + b, linear_bias=b, divergence=divergence)
         loss.backward()
         assert loss.abs() < 1e-6 and a.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_large_logits_that_all_lie_together(divergence, offset):
+    """float32 holds such logits to 1e-3; as they are held, nothing more may be lost."""
+    x, w, b, tx, tw, _ = make()
+    teacher = tx @ tw.t() + offset
+    a, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    options = {"divergence": divergence, "temperature": 3.0}
+    loss = linear_distillation(a, w, teacher_logits=teacher, linear_bias=b, **options)
+    expected = by_torch(exact, w.double(), b.double(), teacher.double(), None, **options)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(a.grad.double(), exact.grad, rtol=0, atol=2e-6 * exact.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("beta", [1e-30, 0.3, 0.999])
+def test_jsd_of_nearly_equal_rows(beta):
+    """What is summed is small where the two sides agree, so that what is lost is small beside the logarithms' 5."""
+    x, w, b, _, _, _ = make()
+    s = x @ w.t() + b
+    teacher = s + 1e-2 * torch.randn(s.shape)
+    ours = linear_distillation(x, w, teacher_logits=teacher, linear_bias=b, divergence="jsd", beta=beta)
+    double = [t.double() for t in (x, w, b, teacher)]
+    exact = linear_distillation(
+        *double[:2], teacher_logits=double[3], linear_bias=double[2], divergence="jsd", beta=beta
+    )
+    torch.testing.assert_close(exact, by_torch(*double, None, divergence="jsd", beta=beta), rtol=1e-6, atol=1e-18)
+    assert (ours - exact).abs() <= 1e-8
+
+
+def test_classes_that_both_sides_rule_out():
+    x, w, b, tx, tw, _ = make()
+    teacher = tx @ tw.t()
+    b[3::7] = teacher[:, 3::7] = -torch.inf
+    allowed = b.isfinite()
+    for divergence in DIVERGENCES:
+        a, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+        loss = linear_distillation(a, w, teacher_logits=teacher, linear_bias=b, divergence=divergence)
+        narrow = (w[allowed].double(), b[allowed].double(), teacher[:, allowed].double())
+        expected = by_torch(exact, *narrow, None, divergence=divergence)
+        (right,) = torch.autograd.grad(expected, exact)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        for create_graph in (False, True):
+            (grad,) = torch.autograd.grad(loss, a, retain_graph=True, create_graph=create_graph)
+            torch.testing.assert_close(grad.double(), right, rtol=1e-5, atol=1e-6)
 
 
 def test_classes_that_the_teacher_rules_out():
@@ -202,6 +268,7 @@ def test_double_backward_and_transforms(divergence):
 
     def loss(x, w, b):
         options = {"divergence": divergence, "hard_weight": 0.3, "linear_bias": b, "temperature": 2.0}
+        options |= {"z_loss": 0.01, "softcap": 3.0, "logit_scale": 0.7, "teacher_softcap": 4.0}
         return linear_distillation(x, w, tx, tw, target, **options)
 
     assert torch.autograd.gradcheck(loss, leaves)
@@ -227,7 +294,7 @@ def test_torch_compile_fullgraph(reduction, dtype):
     x, w, b, tx, tw, target = make(24, dtype=dtype)
 
     def loss(x, w, b):
-        options = {"linear_bias": b, "hard_weight": 0.3, "reduction": reduction, "divergence": "jsd"}
+        options = {"linear_bias": b, "hard_weight": 0.3, "reduction": reduction, "divergence": "jsd", "softcap": 5.0}
         x, tx_, y = (x * 2).view(4, 6, 8), tx.view(4, 6, 5), target.view(4, 6)
         return (linear_distillation(x, w, tx_, tw, y, **options) * 3).sum()
 
@@ -246,7 +313,8 @@ def test_torch_compile_fullgraph(reduction, dtype):
 def test_registered_operator(reduction):
     x, w, b, tx, tw, target = make(6, 4, 3, 7)
     leaves = [t.requires_grad_() for t in (x, w, b)]
-    options = ("jsd", 0.5, 2.0, 0.3, -100, 0.1, reduction, torch.float32, torch.float32, 1000, True, True, True)
+    options = ("jsd", 0.5, 2.0, 0.3, -100, 0.1, 0.01, 5.0, 0.9, None, 1.0)
+    options = (*options, reduction, torch.float32, torch.float32, 1000, True, True, True)
     operator = torch.ops.fusedopt.linear_distillation.default
     torch.library.opcheck(operator, (*leaves, target, tx, tw, None, None, None, *options))
 
@@ -267,11 +335,41 @@ def test_autocast(dtype):
         assert (ours - right).abs().max() <= 8 * eps * right.abs().max()
 
 
+def test_double_backward_of_what_autocast_converted():
+    x, w, _, tx, tw, target = make()
+    a, b = x.bfloat16().requires_grad_(), w.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_distillation(a, b, tx.bfloat16(), tw, target, hard_weight=0.3)
+    once = torch.autograd.grad(loss, (a, b), retain_graph=True)
+    again = torch.autograd.grad(loss, (a, b), create_graph=True)
+    for one, other in zip(once, again, strict=True):
+        assert one.dtype == other.dtype and other.requires_grad
+        torch.testing.assert_close(one, other, rtol=0, atol=0.03 * other.abs().max().item())
+
+
+def test_distributed_tensors():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        x, w, _, tx, tw, _ = make()
+        a, b, t = (distribute_tensor(tensor, mesh, [Replicate()]) for tensor in (x, w, tx @ tw.t()))
+        loss = linear_distillation(a.requires_grad_(), b.requires_grad_(), teacher_logits=t)
+        loss.backward()
+        torch.testing.assert_close(loss.full_tensor(), linear_distillation(x, w, tx, tw))
+        assert a.grad.full_tensor().abs().sum() > 0 and type(b.grad) is DTensor
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 BAD = [
     ({"divergence": "kl"}, ValueError, "divergence='kl' is not one of 'forward_kl'"),
     ({"divergence": "jsd", "beta": 1.0}, ValueError, "beta=1.0 must be in"),
     ({"temperature": 0.0}, ValueError, "temperature=0.0"),
     ({"hard_weight": 1.5}, ValueError, "hard_weight=1.5"),
+    ({"softcap": 0.0}, ValueError, "softcap=0.0 must be finite and above 0"),
+    ({"teacher_softcap": -1.0}, ValueError, "teacher_softcap=-1.0"),
+    ({"teacher_logit_scale": "1"}, TypeError, "teacher_logit_scale must be a number, not str"),
+    ({"z_loss": -1.0}, ValueError, "z_loss=-1.0"),
     ({"hard_weight": 0.5, "target": None}, ValueError, "needs a target"),
     ({"reduction": "average"}, ValueError, "average is not a valid value for reduction"),
     ({"teacher_logits": torch.zeros(23, 37)}, ValueError, "either as teacher_input"),

@@ -5,6 +5,7 @@ Eager calls go straight to the backend: dispatch through a registered operator c
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -38,6 +39,25 @@ class Stats(NamedTuple):
     )
     correct: Tensor  # bool: argmax is the target, or the class of the largest target probability; False where ignored
     entropy: Tensor  # -sum p log p of p = softmax(s), compute dtype, with 0 log 0 = 0
+
+
+def check_extras(z_loss: float, softcap: float | None, logit_scale: float, *, prefix: str = "") -> None:
+    """Raise unless a loss can be told so; `prefix` completes the names of the last two.
+
+    Raises:
+        TypeError: one is no number; a tensor among them, whose gradient would be lost.
+        ValueError: one is out of its range.
+    """
+    named = {"z_loss": z_loss, f"{prefix}softcap": softcap, f"{prefix}logit_scale": logit_scale}
+    for name, value in named.items():
+        if not isinstance(value, (int, float)) and not (name.endswith("softcap") and value is None):
+            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss} must be finite and at least 0")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{prefix}softcap={softcap} must be finite and above 0; None is for no cap")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"{prefix}logit_scale={logit_scale} must be finite")
 
 
 def apply(

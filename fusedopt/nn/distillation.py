@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fusedopt.nn import chunks
+from fusedopt.nn import divergence as divergences
+from fusedopt.nn.cross_entropy import check_extras
 from fusedopt.nn.distillation_passes import Call, LinearDistillation, Teacher, apply_op, composed
 from fusedopt.nn.linear import DTYPES, product_dtype
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 def linear_distillation(
@@ -32,14 +32,20 @@ def linear_distillation(
     hard_weight: float = 0.0,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
     reduction: str = "mean",
     chunk_bytes: int | None = None,
 ) -> Tensor:
     """How far a student's predictions are from a teacher's, and from the labels; neither's logits are ever whole.
 
-        s = input @ linear_weight.T + linear_bias        q = softmax(s / temperature)
-        t = teacher_input @ teacher_weight.T + ...       p = softmax(t / temperature)
-        loss = (1 - hard_weight) temperature^2 D(p, q)  +  hard_weight cross_entropy(s, target)
+        s = softcap tanh(logit_scale (input @ linear_weight.T + linear_bias) / softcap)     q = softmax(s / temperature)
+        t = the teacher's likewise, with its own softcap and scale                          p = softmax(t / temperature)
+        loss = (1 - hard_weight) temperature^2 D(p, q)
+               + hard_weight (cross_entropy(s, target) + z_loss logsumexp(s)^2)
 
         D = KL(p || q)                                   "forward_kl"
             KL(q || p)                                   "reverse_kl"
@@ -67,6 +73,9 @@ def linear_distillation(
         hard_weight (float): share of the labels' cross entropy, in [0, 1].
         ignore_index (int): targets that add neither loss nor gradient.
         label_smoothing (float): of the labels, in [0, 1].
+        z_loss (float): factor of the squared log-sum-exp, a part of the hard loss.
+        softcap, teacher_softcap (float): bound of the logits, by tanh; of given teacher_logits too.
+        logit_scale, teacher_logit_scale (float): factor of the logits, before the softcap.
         reduction (str): "mean" (over the rows that count), "sum" or "none".
         chunk_bytes (int): what the logits of a chunk, both sides', may take: by default 64 MiB on the CPU and 1 GiB on
             other devices.
@@ -76,6 +85,7 @@ def linear_distillation(
 
     Raises:
         ValueError: a number is out of its range, or a name unknown; the teacher is given twice, or not at all.
+        TypeError: z_loss, a softcap or a scale is no number.
         RuntimeError: shapes, dtypes or devices do not go together.
         IndexError: a target outside [0, V) that is not ignore_index, on the CPU. Nothing has been computed by then.
 
@@ -89,9 +99,13 @@ def linear_distillation(
             input, linear_weight, teacher_input, teacher_weight, target, linear_bias=linear_bias,
             teacher_bias=teacher_bias, teacher_logits=teacher_logits, divergence=divergence, beta=beta,
             temperature=temperature, hard_weight=hard_weight, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, reduction=reduction, chunk_bytes=chunk_bytes,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
+            teacher_softcap=teacher_softcap, teacher_logit_scale=teacher_logit_scale, reduction=reduction,
+            chunk_bytes=chunk_bytes,
         )  # fmt: skip
     check_options(divergence, beta, temperature, hard_weight, label_smoothing, reduction)
+    check_extras(z_loss, softcap, logit_scale)
+    check_extras(0.0, teacher_softcap, teacher_logit_scale, prefix="teacher_")
     student_dtype = product_dtype(input)
     teacher_dtype = teacher_logits.dtype if teacher_input is None and teacher_logits is not None else student_dtype
     if teacher_input is not None:
@@ -109,12 +123,13 @@ def linear_distillation(
     teacher = Teacher(rows(teacher_input), constant(teacher_weight), constant(teacher_bias), rows(teacher_logits))
     flat = None if target is None else target.reshape(-1)
     call = Call(
-        divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, reduction, student_dtype,
-        teacher_dtype, chunk_bytes or chunks.budget(x.device),
+        divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+        teacher_softcap, teacher_logit_scale, reduction, student_dtype, teacher_dtype,
+        chunk_bytes or chunks.budget(x.device),
     )  # fmt: skip
     if torch.compiler.is_compiling():
         loss = apply_op(x, linear_weight, linear_bias, call, flat, *teacher)
-    elif torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    elif not _walkable(tensors):
         loss = composed(x, linear_weight, linear_bias, teacher, flat, call)
     else:
         loss = LinearDistillation.apply(x, linear_weight, linear_bias, call, flat, *teacher)
@@ -124,8 +139,8 @@ def linear_distillation(
 class LinearDistillationLoss(torch.nn.Module):
     """`fusedopt.nn.functional.linear_distillation` as a module, which holds its options and no parameters.
 
-    Args: divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, reduction and chunk_bytes of the
-    function.
+    Args: divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+    teacher_softcap, teacher_logit_scale, reduction and chunk_bytes of the function.
 
     Shape: `loss(input, linear_weight, teacher_input, teacher_weight, target=None, *, linear_bias=None,
     teacher_bias=None, teacher_logits=None)` as the function's; output a scalar, or (...) for reduction "none".
@@ -143,11 +158,18 @@ class LinearDistillationLoss(torch.nn.Module):
         hard_weight: float = 0.0,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        teacher_softcap: float | None = None,
+        teacher_logit_scale: float = 1.0,
         reduction: str = "mean",
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_options(divergence, beta, temperature, hard_weight, label_smoothing, reduction)
+        check_extras(z_loss, softcap, logit_scale)
+        check_extras(0.0, teacher_softcap, teacher_logit_scale, prefix="teacher_")
         self.options = {
             "divergence": divergence,
             "beta": beta,
@@ -155,6 +177,11 @@ class LinearDistillationLoss(torch.nn.Module):
             "hard_weight": hard_weight,
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "teacher_softcap": teacher_softcap,
+            "teacher_logit_scale": teacher_logit_scale,
             "reduction": reduction,
             "chunk_bytes": chunk_bytes,
         }
@@ -176,6 +203,13 @@ class LinearDistillationLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def _walkable(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are ordinary tensors that no transform looks inside; others are computed with whole logits."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)  # not DTensor, ...
+
+
 # --- what is refused ---
 
 
@@ -183,8 +217,8 @@ def check_options(
     divergence: str, beta: float, temperature: float, hard_weight: float, label_smoothing: float, reduction: str
 ) -> None:
     """Raise ValueError unless a distillation can be told so."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence={divergence!r} is not one of {', '.join(map(repr, DIVERGENCES))}")
+    if divergence not in divergences.NAMES:
+        raise ValueError(f"divergence={divergence!r} is not one of {', '.join(map(repr, divergences.NAMES))}")
     if divergence == "jsd" and not 0.0 < beta < 1.0:
         raise ValueError(f"beta={beta} must be in (0, 1); at its ends the divergence is a KL: name that")
     if not 0.0 < temperature < math.inf:

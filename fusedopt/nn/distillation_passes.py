@@ -13,8 +13,9 @@ from fusedopt.nn import rows as torch_rows
 from fusedopt.nn.chunks import Products
 from fusedopt.nn.composed import compute_dtype
 from fusedopt.nn.cross_entropy import Rule
+from fusedopt.nn.divergence import differentiable, divergence, log_softmax
 
-# Rows of a chunk are taken in blocks of so many float32 bytes: about six matrices of that size are alive at once.
+# Rows of a chunk are taken in blocks of so many float32 bytes: about eight matrices of that size are alive at once.
 BLOCK = {"cpu": 1 << 20}
 DEVICE_BLOCK = 64 << 20
 
@@ -28,6 +29,11 @@ class Call(NamedTuple):
     hard_weight: float
     ignore_index: int
     label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    teacher_softcap: float | None
+    teacher_logit_scale: float
     reduction: str
     dtype: torch.dtype  # of the student's product
     teacher_dtype: torch.dtype  # of the teacher's
@@ -35,7 +41,12 @@ class Call(NamedTuple):
 
     @property
     def rule(self) -> Rule:
-        return Rule(None, self.ignore_index, self.label_smoothing)
+        """Of the hard loss; its softcap and logit_scale are the student's in both."""
+        return Rule(None, self.ignore_index, self.label_smoothing, self.z_loss, self.softcap, self.logit_scale)
+
+    @property
+    def teacher_rule(self) -> Rule:
+        return Rule(softcap=self.teacher_softcap, logit_scale=self.teacher_logit_scale)
 
 
 class Teacher(NamedTuple):
@@ -48,45 +59,6 @@ class Teacher(NamedTuple):
 
 
 # --- one block of rows ---
-
-
-def divergence(student: Tensor, teacher: Tensor, call: Call, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """(n,) divergences of the softened rows (n, V), and their gradients by student / temperature; float32 or float64.
-
-    With p the teacher's and q the student's probabilities; where one is 0, what it multiplies does not count.
-    """
-    log_q = (student / call.temperature).log_softmax(1)
-    log_p = (teacher / call.temperature).log_softmax(1)
-    if call.divergence == "forward_kl":
-        p = log_p.exp()
-        loss = _expected(p, log_p - log_q)
-        return loss, log_q.exp_().sub_(p) if with_grad else None
-    q = log_q.exp()
-    if call.divergence == "reverse_kl":
-        log_ratio = log_q.sub_(log_p)
-        loss = student_part = _expected(q, log_ratio)
-        weight = 1.0
-    else:
-        log_m = torch.logaddexp(log_p + _log(call.beta), log_q + _log(1 - call.beta))
-        p = log_p.exp()
-        teacher_part = _expected(p, log_p.sub_(log_m))
-        log_ratio = log_q.sub_(log_m)
-        student_part = _expected(q, log_ratio)
-        weight = 1 - call.beta
-        loss = call.beta * teacher_part + weight * student_part
-    if not with_grad:
-        return loss, None
-    grad = log_ratio.sub_(student_part[:, None]).mul_(q).mul_(weight)
-    return loss, grad.masked_fill_(q == 0, 0)
-
-
-def _expected(probability: Tensor, value: Tensor) -> Tensor:
-    """(n,): the row sums of probability * value, in which 0 * inf is 0."""
-    return (probability * value).masked_fill_(probability == 0, 0).sum(1)
-
-
-def _log(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float64).log().item()
 
 
 def _kernels(logits: Tensor) -> Any:
@@ -111,7 +83,10 @@ def _block(
     grad = None
     loss.zero_()
     if soft:
-        rows, grad = divergence(s, teacher.to(compute), call, with_grad)
+        seen = torch_rows.scores(s, call.rule)
+        log_p = log_softmax(torch_rows.scores(teacher.to(compute), call.teacher_rule), call.temperature)
+        log_q = log_softmax(seen, call.temperature)
+        rows, grad = divergence(log_p, log_q, call.divergence, call.beta, with_grad)
         loss.add_(rows, alpha=soft * call.temperature**2)
         if target is not None:
             ignored = target == call.ignore_index
@@ -119,7 +94,9 @@ def _block(
             if grad is not None:
                 grad.masked_fill_(ignored[:, None], 0)
         if grad is not None:
-            grad.mul_(factor * (soft * call.temperature))
+            grad.mul_(factor * (soft * call.temperature * call.logit_scale))
+            if call.softcap is not None:
+                grad.mul_((seen / call.softcap).square_().neg_().add_(1))
     if call.hard_weight:
         rows, lse = torch.empty_like(loss), torch.empty_like(loss)
         hard = s if with_grad else None  # over the logits, which nobody reads any more
@@ -216,32 +193,24 @@ def composed(
 ) -> Tensor:
     """The loss from whole logits, by torch's operations, which differentiate it any number of times."""
     compute = torch.promote_types(compute_dtype(call.dtype), compute_dtype(call.teacher_dtype))
-    s = torch.nn.functional.linear(x, weight, bias).to(compute)
+    s = _linear(x, weight, bias, call.dtype).to(compute)
     t = teacher.logits
     if t is None:
-        t = torch.nn.functional.linear(teacher.input, teacher.weight, teacher.bias)
-    log_q = (s / call.temperature).log_softmax(1)
-    log_p = (t.detach().to(compute) / call.temperature).log_softmax(1)
-
-    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        return (log_a.exp() * (log_a - log_b).masked_fill(log_a == -torch.inf, 0)).sum(1)
-
-    if call.divergence == "forward_kl":
-        rows = kl(log_p, log_q)
-    elif call.divergence == "reverse_kl":
-        rows = kl(log_q, log_p)
-    else:
-        log_m = torch.logaddexp(log_p + _log(call.beta), log_q + _log(1 - call.beta))
-        rows = call.beta * kl(log_p, log_m) + (1 - call.beta) * kl(log_q, log_m)
+        t = _linear(teacher.input, teacher.weight, teacher.bias, call.teacher_dtype)
+    p_scores = torch_rows.scores(t.detach().to(compute), call.teacher_rule)
+    q_scores = torch_rows.scores(s, call.rule)
+    rows = differentiable(p_scores, q_scores, call.temperature, call.divergence, call.beta)
     counts = torch.ones_like(rows, dtype=torch.bool) if target is None else target != call.ignore_index
-    rows = (rows * call.temperature**2).where(counts, 0)
+    rows = (rows * ((1 - call.hard_weight) * call.temperature**2)).where(counts, 0)
     if call.hard_weight:
-        options = {"ignore_index": call.ignore_index, "label_smoothing": call.label_smoothing, "reduction": "none"}
-        hard = torch.nn.functional.cross_entropy(s, target, **options)
-        rows = (1 - call.hard_weight) * rows + call.hard_weight * hard
+        rows = rows + call.hard_weight * torch_rows.reference_loss(s, target, call.rule, "none")
     if call.reduction == "none":
         return rows
     return rows.sum() / counts.sum() if call.reduction == "mean" else rows.sum()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 # --- for autograd ---
@@ -295,6 +264,11 @@ def _op(
     hard_weight: float,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    teacher_softcap: float | None,
+    teacher_logit_scale: float,
     reduction: str,
     dtype: torch.dtype,
     teacher_dtype: torch.dtype,
@@ -304,8 +278,10 @@ def _op(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; gradients of x, weight and bias, and their scale. Empty where not needed; "none" needs an upstream."""
-    call = Call(divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, reduction, dtype,
-                teacher_dtype, chunk_bytes)  # fmt: skip
+    call = Call(
+        divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+        teacher_softcap, teacher_logit_scale, reduction, dtype, teacher_dtype, chunk_bytes,
+    )  # fmt: skip
     teacher = Teacher(teacher_input, teacher_weight, teacher_bias, teacher_logits)
     needs = (need_x, need_weight, need_bias)
     if upstream is None:
@@ -318,9 +294,10 @@ def _op(
 
 
 @_op.register_fake
-def _(x, weight, bias, target, teacher_input, teacher_weight, teacher_bias, teacher_logits, upstream, divergence, beta,
-      temperature, hard_weight, ignore_index, label_smoothing, reduction, dtype, teacher_dtype, chunk_bytes,
-      *needs):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(x, weight, bias, target, teacher_input, teacher_weight, teacher_bias, teacher_logits, upstream,
+      *options):  # type: ignore[no-untyped-def]  # fmt: skip
+    *_, reduction, dtype, teacher_dtype, _ = options[:-3]
+    needs = options[-3:]
     compute = torch.promote_types(compute_dtype(dtype), compute_dtype(teacher_dtype))
     rows = () if reduction != "none" or upstream is not None else x.shape[:1]
     made = reduction != "none" or upstream is not None
@@ -334,7 +311,7 @@ def _(x, weight, bias, target, teacher_input, teacher_weight, teacher_bias, teac
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.options = inputs[9:]
-    ctx.at_forward = ctx.options[6] != "none"
+    ctx.at_forward = ctx.options[Call._fields.index("reduction")] != "none"
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*(output[1:] if ctx.at_forward else inputs[:8]))

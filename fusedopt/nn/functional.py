@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function_variadic
 from fusedopt import backends
 from fusedopt.nn import composed
 from fusedopt.nn import cross_entropy as _fused
-from fusedopt.nn.cross_entropy import Stats
+from fusedopt.nn.cross_entropy import Stats, check_extras
 from fusedopt.nn.distillation import linear_distillation
 from fusedopt.nn.linear import linear_cross_entropy
 from fusedopt.nn.mse import mse_loss
@@ -104,24 +104,6 @@ def cross_entropy(
     if reduction == "none":
         loss = loss.reshape(rows_shape)
     return (loss, Stats(*(s.reshape(rows_shape) for s in stats))) if return_stats else loss
-
-
-def check_extras(z_loss: float, softcap: float | None, logit_scale: float) -> None:
-    """Raise unless a loss can be told so.
-
-    Raises:
-        TypeError: one is no number; a tensor among them, whose gradient would be lost.
-        ValueError: one is out of its range.
-    """
-    for name, value in (("z_loss", z_loss), ("softcap", softcap), ("logit_scale", logit_scale)):
-        if not isinstance(value, (int, float)) and not (name == "softcap" and value is None):
-            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss={z_loss} must be finite and at least 0")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap} must be finite and above 0; None is for no cap")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale={logit_scale} must be finite")
 
 
 def _matrices(input: Tensor, target: Tensor, takes_pixels: bool) -> tuple[Tensor, Tensor]:
