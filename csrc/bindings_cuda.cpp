@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/cross_entropy.h"
+#include "cuda/mse.h"
 #include "cuda/runtime.h"
 #include "cuda/step.h"
 #include "gather.h"
@@ -139,10 +140,37 @@ void bind_cross_entropy(py::module_& m) {
   });
 }
 
+MseArgs mse_args(py::handle input, py::handle target, py::handle grad, double grad_factor, const std::string& dtype,
+                 int64_t numel) {
+  return {dtype_named(dtype),
+          memory_of<const void>(input),
+          memory_of<const void>(target),
+          memory_of<void>(grad),
+          grad_factor,
+          numel};
+}
+
+void bind_mse(py::module_& m) {
+  m.attr("CUDA_MSE_PARTIALS") = kMsePartials;
+  m.def("cuda_mse",
+        [](py::handle input, py::handle target, py::handle grad, double grad_factor, const std::string& dtype,
+           int64_t numel, double factor, py::handle partial, py::handle loss, int device, uintptr_t stream) {
+          cuda_mse(mse_args(input, target, grad, grad_factor, dtype, numel), factor, memory_of<double>(partial),
+                   memory_of<float>(loss), device, reinterpret_cast<void*>(stream));
+        });
+  m.def("cuda_mse_backward",
+        [](py::handle input, py::handle target, py::handle grad, double grad_factor, const std::string& dtype,
+           int64_t numel, py::handle upstream, int device, uintptr_t stream) {
+          cuda_mse_backward(mse_args(input, target, grad, grad_factor, dtype, numel), memory_of<const float>(upstream),
+                            device, reinterpret_cast<void*>(stream));
+        });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   bind_cross_entropy(m);
+  bind_mse(m);
   m.def(
       "cuda_probe",
       [] {

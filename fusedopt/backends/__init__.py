@@ -7,7 +7,8 @@ would mend that. It offers, each optional:
   them, where not all of a type need be;
 - `supports(rule, param, grad, state)` and `step(table, groups)` for optimizers;
 - `cross_entropy_forward(...)` and `cross_entropy_backward(...)` for losses, of logits of `LOSS_DTYPES` as matrices, or
-  with pixels too where `takes_pixels`; with them `target_factor`, `total_loss`, `new_gradient` and `scale_`.
+  with pixels too where `takes_pixels`; with them `target_factor`, `total_loss`, `new_gradient` and `scale_`; and
+  `squared_error(...)` and `squared_error_backward(...)`, of the same dtypes.
 """
 
 from __future__ import annotations

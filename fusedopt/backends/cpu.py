@@ -172,12 +172,21 @@ def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
     return tensor if float(factor) == 1.0 else tensor.mul_(factor)
 
 
-def squared_error(input: Tensor, target: Tensor, grad: Tensor | None, grad_factor: float) -> float:
-    """The sum of (input - target)^2, and with `grad` that difference times `grad_factor`, in one pass.
+def squared_error(
+    input: Tensor, target: Tensor, factor: float, grad: Tensor | None = None, grad_factor: float = 0.0
+) -> Tensor:
+    """() in the compute dtype: `factor` times the sum of (input - target)^2.
 
-    All three are dense, of one dtype, shape and strides.
+    With `grad`, that difference times `grad_factor`, in the same pass. All three are dense, of one dtype, shape and
+    strides.
     """
-    return _native.cpu_mse(input, target, grad, grad_factor, torch.get_num_threads())
+    total = _native.cpu_mse(input, target, grad, grad_factor, torch.get_num_threads())
+    return torch.tensor(factor * total, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+
+
+def squared_error_backward(input: Tensor, target: Tensor, grad: Tensor, grad_factor: float, upstream: Tensor) -> None:
+    """`grad`: the difference times `grad_factor` and the scalar `upstream`, rounded once."""
+    _native.cpu_mse(input, target, grad, grad_factor * float(upstream), torch.get_num_threads())
 
 
 def target_total(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int) -> float:

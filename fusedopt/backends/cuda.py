@@ -195,7 +195,7 @@ class Stepper:
         return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, stream)
 
 
-# --- cross entropy: nothing here waits for the device ---
+# --- losses: nothing here waits for the device ---
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -235,7 +235,7 @@ def total_loss(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a contiguous tensor by a () float32 on its device, in place; where that is 1, nothing moves."""
+    """Multiply a dense tensor by a () float32 on its device, in place; where that is 1, nothing moves."""
     device = tensor.device
     cpu._native.cuda_scale(tensor, _name(tensor.dtype), tensor.numel(), factor, device.index or 0, _stream(device))
     return tensor
@@ -289,3 +289,30 @@ def cross_entropy_backward(
     args = _cross_entropy_args(logits, target, rule, grad, factor)
     args.upstream, args.lse = upstream, lse
     cpu._native.cuda_cross_entropy(args, False, logits.device.index or 0, _stream(logits.device))
+
+
+def squared_error(
+    input: Tensor, target: Tensor, factor: float, grad: Tensor | None = None, grad_factor: float = 0.0
+) -> Tensor:
+    """() float32: `factor` times the sum of squares, in an order that depends on its size alone; two launches.
+
+    With `grad`, the difference times `grad_factor`, in the same pass. All three are dense, of one dtype, shape and
+    strides.
+    """
+    device = input.device
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    partial = torch.empty(cpu._native.CUDA_MSE_PARTIALS, dtype=torch.float64, device=device)
+    cpu._native.cuda_mse(
+        *(input, target, grad, grad_factor, _name(input.dtype), input.numel(), factor, partial, loss),
+        *(device.index or 0, _stream(device)),
+    )
+    return loss
+
+
+def squared_error_backward(input: Tensor, target: Tensor, grad: Tensor, grad_factor: float, upstream: Tensor) -> None:
+    """`grad`: the difference times `grad_factor` and the () float32 `upstream`, rounded once; one launch."""
+    device = input.device
+    cpu._native.cuda_mse_backward(
+        *(input, target, grad, grad_factor, _name(input.dtype), input.numel(), upstream),
+        *(device.index or 0, _stream(device)),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,9 +13,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fusedopt import backends
 from fusedopt.backends import cpu
-from fusedopt.nn.chunks import HALVES, scaled
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fusedopt.nn.chunks import HALVES
 
 
 def mse_loss(
@@ -27,13 +26,14 @@ def mse_loss(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Same as `torch.nn.functional.mse_loss`, with loss and gradient in one pass on the CPU.
+    """Same as `torch.nn.functional.mse_loss`, with loss and gradient in one pass.
 
         loss = mean or sum of (input - target)^2
 
     The gradient of "mean" and "sum" is written during forward, of input and target alike; in float16, where 2 / N
-    underflows, in backward. torch computes: reduction "none", a `weight`, inputs that are broadcast or of different
-    dtypes, strides that differ or have gaps, other devices, and all of it under torch.compile, which fuses it itself.
+    underflows, in backward. Nothing waits for a GPU, and the sum's order depends on the size alone: same inputs, same
+    bits. torch computes: reduction "none", a `weight`, inputs that are broadcast or of different dtypes, strides that
+    differ or have gaps, float64 on a GPU, other devices, and all of it under torch.compile, which fuses it itself.
 
     Args:
         input (Tensor): of any shape; float32, bfloat16, float16 or float64.
@@ -57,8 +57,8 @@ def mse_loss(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if not torch.compiler.is_compiling():
         backends.check(backend)
-        if weight is None and backend in ("auto", "cpu") and _fusable(input, target, reduction):
-            return _MSE.apply(input, target, reduction)
+        if weight is None and (kernels := _kernels(input, target, reduction, backend)):
+            return _MSE.apply(input, target, reduction, backends.module(kernels))
     if reduction in ("mean", "sum"):  # the loss is float32 whoever computes it
         input, target, weight = (
             t.float() if t is not None and t.dtype in HALVES else t for t in (input, target, weight)
@@ -93,35 +93,36 @@ class MSELoss(torch.nn.MSELoss):
         return mse_loss(input, target, reduction=self.reduction, backend=self.backend)
 
 
-def _fusable(input: Tensor, target: Tensor, reduction: str) -> bool:
-    return (
-        cpu.READY
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in (input, target))
+def _kernels(input: Tensor, target: Tensor, reduction: str, backend: str) -> str:
+    """The backend that takes the call; what none takes, "", is torch's to compute or to refuse."""
+    fits = (
+        all(type(t) in (Tensor, torch.nn.Parameter) for t in (input, target))
         and input.layout == target.layout == torch.strided
+        and input.device == target.device
         and input.dtype == target.dtype
-        and input.dtype in DTYPES
         and input.shape == target.shape
         and input.stride() == target.stride()
         and input.numel() > 0
         and reduction in ("mean", "sum")
         and not (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
         and not (input.is_neg() or target.is_neg())
-        and not cpu.obstacle(input)
     )
+    kernels = backends.for_losses(backend, input.device, input.dtype) if fits else ""
+    return "" if kernels and cpu.obstacle(input) else kernels
 
 
 class _MSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: str, kernels: ModuleType) -> Tensor:
         mean = 1.0 / input.numel() if reduction == "mean" else 1.0
+        ctx.kernels = kernels
         ctx.needs = ctx.needs_input_grad[:2]
         ctx.factor = (2.0 if ctx.needs[0] else -2.0) * mean  # the target's gradient is input's, negated
         ctx.late = input.dtype == torch.float16
-        ctx.grad = _empty_like(input) if any(ctx.needs) and not ctx.late else None
+        ctx.grad = _gradient(input, kernels) if any(ctx.needs) and not ctx.late else None
         if any(ctx.needs):
             ctx.save_for_backward(input, target)
-        total = cpu.squared_error(input, target, ctx.grad, ctx.factor)
-        return torch.tensor(total * mean, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+        return kernels.squared_error(input, target, mean, ctx.grad, ctx.factor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,20 +131,20 @@ class _MSE(torch.autograd.Function):
             grad = ((input.to(upstream.dtype) - target.to(upstream.dtype)) * (ctx.factor * upstream)).to(input.dtype)
         elif ctx.late:
             input, target = ctx.saved_tensors
-            grad = _empty_like(input)
-            cpu.squared_error(input, target, grad, ctx.factor * float(upstream))
+            grad = _gradient(input, ctx.kernels)
+            ctx.kernels.squared_error_backward(input, target, grad, ctx.factor, upstream)
         else:
             if ctx.grad is None:
                 _ = ctx.saved_tensors  # raises autograd's own error: the graph is freed
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
-            grad = scaled(ctx.grad, upstream, ctx.grad.dtype, keep)
+            grad = ctx.kernels.scale_(ctx.grad.clone() if keep else ctx.grad, upstream)
             if not keep:
                 ctx.grad = None
         if not ctx.needs[0]:
-            return None, grad, None
-        return grad, -grad if ctx.needs[1] else None, None
+            return None, grad, None, None
+        return grad, -grad if ctx.needs[1] else None, None, None
 
 
-def _empty_like(dense: Tensor) -> Tensor:
+def _gradient(input: Tensor, kernels: ModuleType) -> Tensor:
     """Uninitialised, with the strides of a dense tensor."""
-    return cpu.scratch.empty(dense.shape, dense.dtype).as_strided(dense.shape, dense.stride())
+    return kernels.new_gradient(input).as_strided(input.shape, input.stride())

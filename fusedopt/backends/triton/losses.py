@@ -41,7 +41,7 @@ def total_loss(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a contiguous tensor by a () float32 on its device, in place; where that is 1, nothing moves."""
+    """Multiply a dense tensor by a () float32 on its device, in place; where that is 1, nothing moves."""
     _module("totals").scale_(tensor, factor)
     return tensor
 
@@ -54,3 +54,13 @@ def cross_entropy_forward(*arguments: Any) -> None:
 def cross_entropy_backward(*arguments: Any) -> None:
     """See fusedopt.backends.triton.cross_entropy."""
     _module("cross_entropy").cross_entropy_backward(*arguments)
+
+
+def squared_error(*arguments: Any) -> Tensor:
+    """See fusedopt.backends.triton.mse."""
+    return _module("mse").squared_error(*arguments)
+
+
+def squared_error_backward(*arguments: Any) -> None:
+    """See fusedopt.backends.triton.mse."""
+    _module("mse").squared_error_backward(*arguments)

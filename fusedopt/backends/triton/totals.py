@@ -67,7 +67,7 @@ def _scale(tensor, factor, numel, BLOCK: tl.constexpr):
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiply a contiguous tensor by a () float32 on its device; where that is 1, nothing is read or written."""
+    """Multiply a dense tensor by a () float32 on its device; where that is 1, nothing is read or written."""
     if tensor.numel() == 0:
         return
     block = 8 * THREADS
