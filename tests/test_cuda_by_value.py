@@ -52,6 +52,23 @@ def test_cross_entropy_as_in_float64(kind, order, table, losses):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "order", "table"),
+    [
+        ("plain", "forward", "full"),
+        ("plain", "reverse", "few"),
+        ("plain", "seed:1", "few"),
+        pytest.param("asan", "seed:3", "few", marks=thorough),
+        pytest.param("tsan", "seed:3", "few", marks=thorough),
+    ],
+)
+def test_mse_as_in_float64(kind, order, table):
+    done = run(kind, "mse.py", table, order=order)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) losses agree", done.stdout)[1]) > 150
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=thorough)])
 def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
     done = run(kind, "failures.py")
