@@ -9,7 +9,7 @@ import torch  # noqa: E402
 from loss_oracle import make  # noqa: E402
 from optim_table import DTYPES, WITH_LION, make_params, train  # noqa: E402
 
-from fusedopt.nn.functional import cross_entropy  # noqa: E402
+from fusedopt.nn.functional import cross_entropy, mse_loss  # noqa: E402
 
 for case in WITH_LION:
     for dtypes in DTYPES:
@@ -23,4 +23,9 @@ for shape in [(5, 3), (3, 2053), (2, 70001)]:
                 options = {"label_smoothing": 0.1, "softcap": 9.0, "reduction": reduction, "return_stats": True}
                 loss, _ = cross_entropy(x, target, weight, **options, backend="cuda")
                 loss.sum().backward()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for n in (1, 5003, 70001):
+        x, y = (torch.randn(n + 1, device="cuda").to(dtype)[1:].requires_grad_() for _ in range(2))
+        mse_loss(x, y, backend="cuda").backward()
+        mse_loss(x.detach().clone().requires_grad_(), y.detach().clone(), backend="cuda").backward()
 print("all rules stepped, all losses computed")
