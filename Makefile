@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-NATIVE := setup.py $(wildcard build_tools/*.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+NATIVE := setup.py $(wildcard build_tools/*.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Where there is no GPU, the kernels are compiled for the tests to read only: one architecture will do.
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9]')
@@ -58,7 +58,7 @@ readme: $(READY)
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) \
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(NATIVE)) \
 		$(wildcard tests/simt/*.cu tests/simt/harness/* tests/simt/include/*)
 
 own-environment: $(NATIVE)

@@ -24,7 +24,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     about = {
         "optim": "optimizer steps",
-        "loss": "cross entropy, forward and backward",
+        "loss": "cross entropy and mean squared error, forward and backward",
+        "linear_loss": "a head and its cross entropy together, forward and backward",
         "host": "host time of a GPU step, without a GPU",
         "install": "time of `pip install .`",
         "all": "all of these",

@@ -19,6 +19,7 @@ from .runner import Case, Contender, Target, relative_error
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch reads it at its first allocation: set it before torch is imported
 ALLOCATORS = {"installed": {}, "huge-pages": HUGE_PAGES}  # name -> environment
+ALLOCATOR_TITLES = {"installed": "allocator as installed", "huge-pages": "huge pages"}
 SHAPES = [(512, 50257), (256, 128256)]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # Stock rounds log p to the logits' dtype; at log p = -16 half an epsilon of that is 8 of p.
@@ -97,10 +98,9 @@ def case(rows: int, classes: int, dtype_name: str, allocator: str) -> Case:
         return [contender(name, loss, master, target, expected) for name, loss in losses.items()]
 
     targets = tuple(Target(ours, "torch eager", ratio) for ours, ratio in RATIOS[allocator, dtype_name].items())
-    pages = {"installed": "allocator as installed", "huge-pages": "huge pages"}[allocator]
     return Case(
         f"ce-{rows}x{classes}-{dtype_name}-{allocator}",
-        f"cross entropy, {rows} x {classes}, {dtype_name}, {pages}",
+        f"cross entropy, {rows} x {classes}, {dtype_name}, {ALLOCATOR_TITLES[allocator]}",
         rows * classes * 2 * dtype.itemsize,  # read the logits, write the gradient
         LIMIT,
         build,

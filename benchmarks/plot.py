@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import report, store
+from .cases_linear_loss import PRODUCTS
 from .runner import STREAM
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -17,6 +18,10 @@ COLOURS = {
     "torch default": "#D55E00",
     "torch foreach": "#D55E00",
     "torch eager": "#D55E00",
+    "torch whole logits": "#D55E00",
+    "torch linear": "#E69F00",
+    "torch linear chunked": "#F0E442",
+    PRODUCTS: "#BBBBBB",
     STREAM: "#BBBBBB",
 }
 
@@ -26,7 +31,7 @@ def draw(folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
 
-    rows = {suite: store.read(folder / f"{suite}.jsonl") for suite in ("optim", "loss")}
+    rows = {suite: store.read(folder / f"{suite}.jsonl") for suite in ("optim", "loss", "linear_loss")}
     grouped = report.by_case([row for suite in rows.values() for row in suite])
     titles = {case.name: case.title for suite in rows for case in report.registry(suite)}
     if not grouped:

@@ -1,6 +1,6 @@
 """Puts the tables between the README's markers, and finds a README that no longer says what the data say.
 
-<!-- benchmarks:NAME --> ... <!-- /benchmarks:NAME -->      NAME: optim, loss, host, install, train or plot
+<!-- benchmarks:NAME --> ... <!-- /benchmarks:NAME -->      NAME: optim, loss, linear_loss, host, install, train or plot
 """
 
 from __future__ import annotations

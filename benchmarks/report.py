@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from . import cases_loss, cases_optim, cases_optim_gpu, host, install, store
+from fusedopt.train.report import LABELS
+
+from . import cases_linear_loss, cases_loss, cases_loss_dense, cases_optim, cases_optim_gpu, host, install, store
 from .runner import STREAM, Case
 
 Row = dict[str, Any]
@@ -21,7 +23,11 @@ SINGLE = {"install": install, "host": host}  # suites of one row, measured in a 
 
 def registry(suite: str, device: str | None = None) -> list[Case]:
     """The cases of a suite, of one device or of all."""
-    sources = {"optim": (cases_optim, cases_optim_gpu), "loss": (cases_loss,)}.get(suite, ())
+    sources = {
+        "optim": (cases_optim, cases_optim_gpu),
+        "loss": (cases_loss, cases_loss_dense),
+        "linear_loss": (cases_linear_loss,),
+    }.get(suite, ())
     return [case for source in sources for case in source.cases() if device in (None, case.device)]
 
 
@@ -88,6 +94,30 @@ def comparisons(case: Case, contenders: dict[str, Row]) -> Iterator[list[str]]:
                     f"{got:.2f}x",
                     "" if wanted is None else f"{wanted:g}x: {'reached' if got >= wanted else 'not reached'}",
                 ]
+    yield from peaks(case, contenders)
+
+
+def peaks(case: Case, contenders: dict[str, Row]) -> Iterator[list[str]]:
+    """README rows of the memory that a case takes, where that was counted."""
+    ours = next((contenders[name] for name in OURS if "peak_mib" in contenders.get(name, {})), None)
+    if ours is None:
+        return
+    title, mine = f"{case.title}, peak memory", f"{ours['peak_mib']:.0f} MiB"
+    for row in contenders.values():
+        if "peak_mib" in row and row is not ours:
+            got = f"{row['peak_mib'] / ours['peak_mib']:.2f}x"
+            yield [title, named(row), named(ours), f"{row['peak_mib']:.0f} MiB", mine, got, ""]
+    allowed = ours["allowed_mib"]
+    reached = "reached" if ours["peak_mib"] <= allowed else "not reached"
+    yield [
+        title,
+        "allowed",
+        named(ours),
+        f"{allowed:.0f} MiB",
+        mine,
+        f"{allowed / ours['peak_mib']:.2f}x",
+        f"1x: {reached}",
+    ]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -140,7 +170,7 @@ def train_block(folder: Path, shown: str) -> str:
     stock, fused = summary["contenders"]["stock"], summary["contenders"]["fused"]
     ratios = summary["stock_over_fused"]
     cells = []
-    for phase, label in (("loss", "loss"), ("optimizer", "optimizer"), ("model", "model"), ("step", "whole step")):
+    for phase, label in LABELS.items():
         pair = [f"{digits(figures['ms'][phase]['median'])} ms" for figures in (stock, fused)]
         cells.append([label, *pair, f"{ratios[phase]:.2f}x"])
     speed = [f"{figures['tokens_per_second']:,.0f}" for figures in (stock, fused)]

@@ -27,7 +27,7 @@ class Target:
     ours: str
     against: str
     ratio: float
-    figure: str = "median_ms"  # or "host_ms", on a GPU: until the call returns
+    figure: str = "median_ms"  # or "host_ms", on a GPU: until the call returns; or "peak_mib"
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Contender:
     run: Callable[[], None]  # timed
     error: Callable[[], float]  # runs once more and compares with the float64 oracle; see `relative_error`
     prepare: Callable[[], None] = lambda: None  # before each run, not timed
+    release: Callable[[], None] | None = None  # before the run whose memory is counted, where that is: forget all
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Case:
     targets: tuple[Target, ...] = ()
     in_a_row: int = 1  # runs per turn, each timed: more than one where a working set that stays cached is the point
     device: str = "cpu"  # on "cuda" a turn's runs are queued, waited for, and timed together
+    ceiling: Callable[[], Contender] | None = None  # what cannot be passed, where that is not the stream of `bytes`
+    allowed_bytes: int = 0  # the most that ours may take beyond its inputs
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,22 @@ def relative_error(result: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
     return error / torch.finfo(dtype).eps if math.isfinite(error) else math.inf
 
 
+def peak_bytes(run: Callable[[], None], device: str) -> int:
+    """The most memory that was alive at once of what a run allocates through torch."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(alive.max(initial=0))
+
+
 def stream(nbytes: int, device: str) -> Contender:
     """The ceiling: read and write every byte of a float32 array, in place; on a GPU, a copy from one to another."""
     x = torch.ones(max(1, nbytes // 8), device=device)
@@ -106,8 +125,9 @@ def measure(
     """Measure a case and hand its rows to `keep`; after Ctrl-C too, if a few turns were complete, and then raise it."""
     budget = Budget.of(quick)
     tell("building")
-    contenders = [*case.build(quick), stream(case.bytes, case.device)]
-    errors = {}
+    ceiling = case.ceiling() if case.ceiling else stream(case.bytes, case.device)
+    contenders = [*case.build(quick), ceiling]
+    errors, peaks = {}, {}
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     host: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     collecting = gc.isenabled()
@@ -115,6 +135,9 @@ def measure(
     try:
         for contender in contenders:
             tell(f"{contender.name}: warm-up and check")
+            if contender.release:
+                contender.release()
+                peaks[contender.name] = peak_bytes(contender.run, case.device)
             for _ in range(budget.warmup):
                 contender.prepare()
                 contender.run()
@@ -127,7 +150,7 @@ def measure(
         if collecting:
             gc.enable()
         if all(times.values()):
-            keep(_rows(case, contenders, times, host, errors))
+            keep(_rows(case, contenders, times, host, errors, peaks))
 
 
 def _take_turns(
@@ -187,8 +210,9 @@ def _rows(
     times: dict[str, list[float]],
     host: dict[str, list[float]],
     errors: dict[str, float],
+    peaks: dict[str, int],
 ) -> list[dict[str, Any]]:
-    ceiling = float(np.median(times[STREAM]))
+    ceiling = float(np.median(times[contenders[-1].name]))
     rows = []
     for contender in contenders:
         low, median, high = (float(q) for q in np.quantile(times[contender.name], (0.2, 0.5, 0.8)))
@@ -209,11 +233,13 @@ def _rows(
                 "stock_error": _json_number(errors[contenders[0].name]),
                 "error_limit": case.limit,
                 "verdict": "ok" if error <= case.limit else "wrong",
-                **(
-                    {"host_ms": round(float(np.median(host[contender.name])) * 1e3, 4)} if case.device == "cuda" else {}
-                ),
             }
         )
+        if case.device == "cuda":
+            rows[-1]["host_ms"] = round(float(np.median(host[contender.name])) * 1e3, 4)
+        if contender.name in peaks:
+            rows[-1]["peak_mib"] = round(peaks[contender.name] / 2**20, 3)
+            rows[-1]["allowed_mib"] = round(case.allowed_bytes / 2**20, 3)
     return rows
 
 

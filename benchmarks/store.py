@@ -7,14 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-SUITES = ("optim", "loss", "host", "install")
+SUITES = ("optim", "loss", "linear_loss", "host", "install")
 UNITS = {
     "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
     "bytes": "that must move, read and write each counted",
     "gb_per_s": "bytes / median",
     "host_ms": "on a GPU: median time until the call returns; median_ms is the longer of host and device",
-    "ceiling_ms": "median of the in-place stream (GPU: copy) over as many bytes, taking turns with the contenders",
+    "ceiling_ms": "median of the in-place stream (GPU: copy) over as many bytes, or of the matrix products alone; it "
+    "takes turns with the contenders",
     "ceiling_fraction": "ceiling_ms / median_ms",
+    "peak_mib, allowed_mib": "the most that was allocated at once, beyond the inputs; and what ours may take",
     "error, stock_error": "max |result - float64 oracle| / max(|oracle|, median |oracle|), in epsilons of the dtype",
     "verdict": "ok where error <= error_limit",
 }

@@ -6,7 +6,7 @@ criterion = nn.CrossEntropyLoss()    ->  criterion = fusedopt.nn.CrossEntropyLos
 
 from fusedopt import backends, nn, optim
 from fusedopt._version import __version__
-from fusedopt.nn import CrossEntropyLoss, LinearCrossEntropyLoss, MSELoss
+from fusedopt.nn import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDistillationLoss, MSELoss
 from fusedopt.optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "AdamW",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
     "Lion",
     "MSELoss",
     "RMSprop",

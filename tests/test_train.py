@@ -221,7 +221,7 @@ def test_phases_partition_the_step(corpus, tmp_path):
 
 def test_inplace_loss_changes_no_number(corpus, tmp_path):
     options = ("--data", corpus, *TINY, *BYTES, "--steps", 10)
-    assert train(*options, "--out", tmp_path / "a") == 0
+    assert train(*options, "--out", tmp_path / "a", "--loss", "logits") == 0
     assert train(*options, "--out", tmp_path / "b", "--inplace-loss") == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
@@ -478,6 +478,9 @@ def test_non_finite_loss_stops_the_run(corpus, tmp_path, capsys):
         (["--optimizer", "lion", "--stock"], "leave out --stock"),
         (["--optimizer", "lion", "--compare"], "leave out --compare"),
         (["--inplace-loss", "--stock"], "leave out --stock"),
+        (["--loss", "linear", "--stock"], "leave out --stock"),
+        (["--loss", "linear", "--inplace-loss"], "use --loss logits"),
+        (["--distill", "no/such/run"], "no checkpoint.pt there"),
         (["--stock", "--compare"], "not allowed with"),
         (["--resume", "--overwrite"], "choose one"),
         (["--resume"], "no checkpoint.pt"),

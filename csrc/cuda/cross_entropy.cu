@@ -9,8 +9,9 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "../element.h"
 #include "launch.h"
+#include "sums.h"
+#include "vector.h"
 
 namespace fusedopt {
 namespace {
@@ -21,11 +22,12 @@ namespace cg = cooperative_groups;
 constexpr int kPacks = 8;         // 16-byte vectors that a thread holds
 constexpr int kMaxThreads = 256;  // of a row, in one block
 constexpr int kMaxCluster = 8;    // the most that every device with clusters grants
-constexpr int kWarp = 32;
 constexpr float kInfinity = __builtin_huge_valf();
 
 // What a row's targets are: a class, smoothed evenly or not at all; or something read of every class.
-enum class Target { kIndex, kWeightedSmoothing, kProbability };
+enum class Target { kIndex, kDense };
+// Kernels cost compile time. The usual case, forward without a soft cap or statistics, has its own; the others ask.
+enum class Variant { kPlain, kGeneral, kBackward };
 
 // --- what is known of a row after some of its classes, and how two such parts become one ---
 
@@ -177,23 +179,6 @@ __device__ Part across_row(Part part) {
 
 // --- one row ---
 
-// 16 bytes of elements. As words, because ptxas gives each 16-bit variable a register of its own.
-template <class S>
-struct Vector {
-  static constexpr int kSize = 16 / int(sizeof(S));
-  unsigned words[4] = {};
-
-  __device__ __forceinline__ S get(int i) const {
-    if constexpr (sizeof(S) == 4) return bit_cast<S>(words[i]);
-    if constexpr (sizeof(S) == 2) return bit_cast<S>(uint16_t(words[i / 2] >> (16 * (i % 2))));
-  }
-  // of an element that is still zero
-  __device__ __forceinline__ void set(int i, S e) {
-    if constexpr (sizeof(S) == 4) words[i] = bit_cast<unsigned>(e);
-    if constexpr (sizeof(S) == 2) words[i / 2] |= unsigned(bit_cast<uint16_t>(e)) << (16 * (i % 2));
-  }
-};
-
 // A row of classes as 16-byte vectors of memory: the first and the last may lie partly outside.
 template <class S>
 struct RowOf {
@@ -236,8 +221,9 @@ struct RowOf {
   }
 };
 
-template <class S, Target kTarget, bool kSoftcap>
+template <class S, Target kTarget, Variant kVariant>
 struct Row {
+  static constexpr int kSize = Vector<S>::kSize;
   const CudaCrossEntropyArgs& a;
   const S* probability = nullptr;
   int label = -1;
@@ -246,7 +232,7 @@ struct Row {
 
   __device__ Row(const CudaCrossEntropyArgs& a, int64_t row)
       : a(a), keep(1 - a.label_smoothing), spread(a.label_smoothing / float(a.classes)) {
-    if constexpr (kTarget == Target::kProbability) {
+    if (kTarget == Target::kDense && a.probabilities) {
       probability = static_cast<const S*>(a.probabilities) + row * a.probabilities_stride;
     } else {
       const int64_t target = a.target[row];
@@ -262,37 +248,46 @@ struct Row {
   // y[c], but for the one-hot part of a class index
   __device__ __forceinline__ float dense(int c) const {
     if constexpr (kTarget == Target::kIndex) return spread;
-    const float w = a.weight ? a.weight[c] : 1.0f;
-    if constexpr (kTarget == Target::kWeightedSmoothing) return spread * w;
-    return w * (keep * load(probability[c]) + spread);
+    const float even = probability ? keep * load(probability[c]) + spread : spread;
+    return a.weight ? a.weight[c] * even : even;
   }
   __device__ bool has_dense() const { return kTarget != Target::kIndex || spread != 0.0f; }
 
-  __device__ __forceinline__ float logit(S stored) const {
-    const float x = __fmul_rn(a.logit_scale, load(stored));  // fused with `- max`, it would leave max's rounding error
-    return kSoftcap ? a.softcap * tanh_of(x / a.softcap) : x;
+  __device__ bool has_cap() const { return kVariant != Variant::kPlain && a.softcap != 0.0f; }
+  __device__ __forceinline__ float scaled(S stored) const {
+    return __fmul_rn(a.logit_scale, load(stored));  // fused with `- max`, it would leave max's rounding error
+  }
+  __device__ __forceinline__ float capped(float x) const { return a.softcap * tanh_of(x / a.softcap); }
+  __device__ float logit(S stored) const { return has_cap() ? capped(scaled(stored)) : scaled(stored); }
+  // asks once for a vector: of memory outside the row too
+  __device__ __forceinline__ void logits(const Vector<S>& v, float (&x)[kSize]) const {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = scaled(v.get(i));
+    if (!has_cap()) return;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = capped(x[i]);
   }
   // d logit / d stored
   __device__ __forceinline__ float slope(float logit) const {
-    if (!kSoftcap) return a.logit_scale;
     const float tanh = logit / a.softcap;
-    return a.logit_scale * (1 - tanh * tanh);
+    return has_cap() ? a.logit_scale * (1 - tanh * tanh) : a.logit_scale;
   }
   static __device__ __forceinline__ float tanh_of(float x) {
     return 1 - 2 / (exp_of(2 * x) + 1);  // to 1e-7, absolute: logits are not told apart any closer
   }
 };
 
-template <class S, Target kTarget, bool kSoftcap, class Part>
-__device__ __forceinline__ void see_logits(Part& part, const Row<S, kTarget, kSoftcap>& row, const Vector<S>& v,
+template <class S, Target kTarget, Variant kVariant, class Part>
+__device__ __forceinline__ void see_logits(Part& part, const Row<S, kTarget, kVariant>& row, const Vector<S>& v,
                                            int begin) {
   constexpr int kSize = Vector<S>::kSize;
+  const bool stats = std::is_same_v<Part, SumsAndStats> && row.a.argmax;
   const auto is_class = [&](int c) { return unsigned(c) < unsigned(row.a.classes); };
   float x[kSize], max = -kInfinity;
+  row.logits(v, x);
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-    x[i] = row.logit(v.get(i));
-    if (kSoftcap && !is_class(begin + i)) x[i] = -kInfinity;  // the cap has made -inf finite
+    if (kVariant != Variant::kPlain && !is_class(begin + i)) x[i] = -kInfinity;  // the cap has made -inf finite
     max = fmaxf(max, x[i]);
   }
   if (max > part.max) part.move_to(max);
@@ -301,10 +296,11 @@ __device__ __forceinline__ void see_logits(Part& part, const Row<S, kTarget, kSo
   for (int i = 0; i < kSize; ++i) {
     const float e = exp_of(x[i] - from);
     part.exp += e;
-    if constexpr (std::is_same_v<Part, SumsAndStats>) {
-      if (e != 0.0f) part.moment += e * (x[i] - from);
-      if (is_class(begin + i)) part.logit.see(x[i], begin + i);
-    }
+    if constexpr (std::is_same_v<Part, SumsAndStats>)
+      if (stats) {
+        if (e != 0.0f) part.moment += e * (x[i] - from);
+        if (is_class(begin + i)) part.logit.see(x[i], begin + i);
+      }
   }
   if (!row.has_dense()) return;
 #pragma unroll
@@ -313,8 +309,8 @@ __device__ __forceinline__ void see_logits(Part& part, const Row<S, kTarget, kSo
       const float y = row.dense(begin + i);
       part.mass += y;
       part.dot += y * (x[i] - from);
-      if constexpr (std::is_same_v<Part, SumsAndStats> && kTarget == Target::kProbability)
-        part.target.see(load(row.probability[begin + i]), begin + i);
+      if constexpr (std::is_same_v<Part, SumsAndStats>)
+        if (stats && row.probability) part.target.see(load(row.probability[begin + i]), begin + i);
     }
 }
 
@@ -340,18 +336,19 @@ struct Tiles {
 };
 
 // Blocks at once on a multiprocessor, so that while one reduces, others load and store: as many as registers allow.
-template <Target kTarget, bool kSoftcap, class Part>
-constexpr int kBlocks = kTarget == Target::kIndex && !kSoftcap && std::is_same_v<Part, Sums> ? 3 : 2;
+template <Target kTarget, Variant kVariant>
+constexpr int kBlocks = kTarget == Target::kIndex && kVariant != Variant::kGeneral ? 3 : 2;
 
-template <class S, Target kTarget, bool kSoftcap, class Part, CudaPass kPass>
-__global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kSoftcap, Part>)) void row_kernel(
+template <class S, Target kTarget, Variant kVariant>
+__global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kVariant>)) void row_kernel(
     const __grid_constant__ CudaCrossEntropyArgs a) {
-  constexpr bool kStats = std::is_same_v<Part, SumsAndStats>;
-  constexpr bool kForward = kPass == CudaPass::kForward;
+  using Part = std::conditional_t<kVariant == Variant::kGeneral, SumsAndStats, Sums>;
+  constexpr bool kForward = kVariant != Variant::kBackward;
+  const bool stats = kVariant == Variant::kGeneral && a.argmax;
   const int64_t r = int64_t(blockIdx.x) / Team::size() * blockDim.y + threadIdx.y;
   if (r >= a.rows) return;  // whole warps: blockDim.y > 1 only where a row is one warp's
   const int classes = int(a.classes);
-  const Row<S, kTarget, kSoftcap> row(a, r);
+  const Row<S, kTarget, kVariant> row(a, r);
   const RowOf<S> logits(static_cast<S*>(const_cast<void*>(a.logits)) + r * a.logits_stride);
   const RowOf<S> grad(static_cast<S*>(a.grad) + (a.grad ? r * a.grad_stride : 0));
   const bool aligned = logits.shift == grad.shift;
@@ -368,7 +365,7 @@ __global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kSoftcap, Part>)) vo
 
   Part part;
   float max = 0, lse = 0;
-  if (kForward && (!skipped || kStats)) {
+  if (kForward && (!skipped || stats)) {
     const float x_label = leads && row.label >= 0 ? row.logit(logits.first[row.label]) : 0.0f;
     for (int tile = 0; tile < tiles.count(); ++tile) {
       load_tile(tile);
@@ -382,12 +379,13 @@ __global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kSoftcap, Part>)) vo
       const float dot = part.dot + (row.one_hot != 0.0f ? row.one_hot * (x_label - max) : 0.0f);
       a.loss[r] = (part.mass + row.one_hot) * log_sum - dot + (a.z_loss != 0.0f ? a.z_loss * lse * lse : 0.0f);
       a.lse[r] = lse;
-      if constexpr (kStats) {
-        const int truth = kTarget == Target::kProbability ? part.target.at : row.label;
-        a.argmax[r] = part.logit.at < classes ? part.logit.at : 0;
-        a.correct[r] = !skipped && part.logit.at == truth;
-        a.entropy[r] = log_sum - part.moment / part.exp;
-      }
+      if constexpr (kVariant == Variant::kGeneral)
+        if (stats) {
+          const int truth = row.probability ? part.target.at : row.label;
+          a.argmax[r] = part.logit.at < classes ? part.logit.at : 0;
+          a.correct[r] = !skipped && part.logit.at == truth;
+          a.entropy[r] = log_sum - part.moment / part.exp;
+        }
     }
   } else if (!skipped) {
     if (kTarget == Target::kIndex) {
@@ -406,7 +404,7 @@ __global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kSoftcap, Part>)) vo
   }
   if (kForward && leads && skipped) {
     a.loss[r] = row.invalid ? nanf("") : 0.0f;
-    if (!kStats) a.lse[r] = 0;
+    if (!stats) a.lse[r] = 0;
   }
 
   if (a.grad) {
@@ -416,19 +414,21 @@ __global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kSoftcap, Part>)) vo
       if (!skipped && !(kForward && once)) load_tile(tile);
       tiles.each(tile, [&](int pack, int vector) {
         const int begin = logits.class_of(vector);
+        constexpr int kSize = RowOf<S>::kSize;
+        const bool has_label = unsigned(row.label - begin) < unsigned(kSize);
+        float x[kSize];
+        row.logits(held[pack], x);
         Vector<S> out;
-        const bool has_label = unsigned(row.label - begin) < unsigned(RowOf<S>::kSize);
 #pragma unroll
-        for (int i = 0; i < RowOf<S>::kSize; ++i) {
-          const float x = row.logit(held[pack].get(i));
-          float d = scale * exp_of(x - max);
+        for (int i = 0; i < kSize; ++i) {
+          float d = scale * exp_of(x[i] - max);
           if (kTarget == Target::kIndex)
             d -= factor * row.spread;
           else if (unsigned(begin + i) < unsigned(classes))
             d -= factor * row.dense(begin + i);
           if (has_label && begin + i == row.label) d -= factor * row.one_hot;
           S e;
-          store(e, skipped ? 0.0f : d * row.slope(x));
+          store(e, skipped ? 0.0f : d * row.slope(x[i]));
           out.set(i, e);
         }
         grad.write(begin, classes, out, aligned);
@@ -439,26 +439,6 @@ __global__ __launch_bounds__(kMaxThreads, (kBlocks<kTarget, kSoftcap, Part>)) vo
 }
 
 // --- sums over the rows: what the mean divides by, and the loss ---
-
-constexpr int kSumThreads = 256;
-
-// A block's share of sum(term(i)), in its thread 0.
-template <class Term>
-__device__ double block_sum(int64_t n, const Term& term) {
-  FUSEDOPT_SHARED(double, of_warp, [kSumThreads / kWarp]);
-  double sum = 0;
-  for (int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x; i < n; i += int64_t(gridDim.x) * kSumThreads)
-    sum += term(i);
-  const auto fold = [](double value) {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-  };
-  sum = fold(sum);
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x < kWarp) sum = fold(threadIdx.x < kSumThreads / kWarp ? of_warp[threadIdx.x] : 0.0);
-  return sum;
-}
 
 struct Targets {
   const int64_t* target;
@@ -536,23 +516,17 @@ __global__ void scale(S* tensor, int64_t numel, const float* factor) {
 
 using Kernel = void (*)(CudaCrossEntropyArgs);
 
-template <class S, Target kTarget, bool kSoftcap>
-Kernel for_pass(const CudaCrossEntropyArgs& a, CudaPass pass) {
-  if (pass == CudaPass::kBackward) return row_kernel<S, kTarget, kSoftcap, Sums, CudaPass::kBackward>;
-  return a.argmax ? row_kernel<S, kTarget, kSoftcap, SumsAndStats, CudaPass::kForward>
-                  : row_kernel<S, kTarget, kSoftcap, Sums, CudaPass::kForward>;
-}
-
 template <class S, Target kTarget>
-Kernel for_softcap(const CudaCrossEntropyArgs& a, CudaPass pass) {
-  return a.softcap != 0.0f ? for_pass<S, kTarget, true>(a, pass) : for_pass<S, kTarget, false>(a, pass);
+Kernel for_pass(const CudaCrossEntropyArgs& a, CudaPass pass) {
+  if (pass == CudaPass::kBackward) return row_kernel<S, kTarget, Variant::kBackward>;
+  return a.argmax || a.softcap != 0.0f ? row_kernel<S, kTarget, Variant::kGeneral>
+                                       : row_kernel<S, kTarget, Variant::kPlain>;
 }
 
 template <class S>
 Kernel for_target(const CudaCrossEntropyArgs& a, CudaPass pass) {
-  if (a.probabilities) return for_softcap<S, Target::kProbability>(a, pass);
-  if (a.weight && a.label_smoothing != 0.0f) return for_softcap<S, Target::kWeightedSmoothing>(a, pass);
-  return for_softcap<S, Target::kIndex>(a, pass);
+  const bool dense = a.probabilities || (a.weight && a.label_smoothing != 0.0f);
+  return dense ? for_pass<S, Target::kDense>(a, pass) : for_pass<S, Target::kIndex>(a, pass);
 }
 
 Kernel kernel_for(const CudaCrossEntropyArgs& a, CudaPass pass) {
@@ -567,21 +541,6 @@ Kernel kernel_for(const CudaCrossEntropyArgs& a, CudaPass pass) {
       throw std::invalid_argument("cross entropy has no CUDA kernel for these logits");
   }
 }
-
-// Makes a device current for a while.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : device_(device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() {
-    if (previous_ != device_) cudaSetDevice(previous_);
-  }
-
- private:
-  int device_, previous_ = 0;
-};
 
 // The code of an older architecture, which a newer device also runs, knows of no clusters.
 bool has_clusters(Kernel kernel) {

@@ -24,6 +24,21 @@ inline void check(cudaError_t code, const char* what) {
   throw CudaError(what, code);
 }
 
+// Makes a device current for a while.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : device_(device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+
+ private:
+  int device_, previous_ = 0;
+};
+
 }  // namespace fusedopt
 
 #if !defined(FUSEDOPT_SIMT)

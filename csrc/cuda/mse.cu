@@ -4,11 +4,9 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "../element.h"
-#include "device_guard.h"
 #include "launch.h"
-#include "sums.cuh"
-#include "vector.cuh"
+#include "sums.h"
+#include "vector.h"
 
 namespace fusedopt {
 namespace {
@@ -54,14 +52,12 @@ __global__ __launch_bounds__(kSumThreads) void squared_error(const __grid_consta
     total += squares;
   }
   if (!partial) return;
-  total = block_sum(total);
+  total = across_block(total);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
 __global__ void finish_loss(const double* partial, int n, double factor, float* loss) {
-  double total = 0;
-  for (int i = int(threadIdx.x); i < n; i += kSumThreads) total += partial[i];
-  total = block_sum(total);
+  const double total = block_sum(n, [&](int64_t i) { return partial[i]; });
   if (threadIdx.x == 0) *loss = float(factor * total);
 }
 
@@ -97,14 +93,14 @@ int launch_squares(const MseArgs& a, const float* upstream, double* partial, cud
 }  // namespace
 
 void cuda_mse(const MseArgs& a, double factor, double* partial, float* loss, int device, void* stream) {
-  const DeviceGuard current(device);
+  const OnDevice current(device);
   const auto on = static_cast<cudaStream_t>(stream);
   const int blocks = launch_squares(a, nullptr, partial, on);
   check(FUSEDOPT_LAUNCH(finish_loss, dim3(1), dim3(kSumThreads), 0, on, partial, blocks, factor, loss), kName);
 }
 
 void cuda_mse_backward(const MseArgs& a, const float* upstream, int device, void* stream) {
-  const DeviceGuard current(device);
+  const OnDevice current(device);
   launch_squares(a, upstream, nullptr, static_cast<cudaStream_t>(stream));
 }
 

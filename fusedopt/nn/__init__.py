@@ -10,11 +10,12 @@ from typing import Any
 import torch.nn
 
 from fusedopt.nn import functional
+from fusedopt.nn.distillation import LinearDistillationLoss
 from fusedopt.nn.linear import LinearCrossEntropyLoss
 from fusedopt.nn.modules import CrossEntropyLoss
 from fusedopt.nn.mse import MSELoss
 
-__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "MSELoss", "functional"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "LinearDistillationLoss", "MSELoss", "functional"]
 
 
 def __getattr__(name: str) -> Any:

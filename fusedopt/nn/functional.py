@@ -15,10 +15,11 @@ from fusedopt import backends
 from fusedopt.nn import composed
 from fusedopt.nn import cross_entropy as _fused
 from fusedopt.nn.cross_entropy import Stats
+from fusedopt.nn.distillation import linear_distillation
 from fusedopt.nn.linear import linear_cross_entropy
 from fusedopt.nn.mse import mse_loss
 
-__all__ = ["Stats", "cross_entropy", "linear_cross_entropy", "mse_loss"]
+__all__ = ["Stats", "cross_entropy", "linear_cross_entropy", "linear_distillation", "mse_loss"]
 
 PIXELS = 16  # fewer neighbours do not fill a vector: copying them into rows costs less
 

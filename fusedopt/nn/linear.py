@@ -45,9 +45,10 @@ def linear_cross_entropy(
     The rows are walked in chunks. For "mean" and "sum" the gradients of input, weight and bias are made during forward,
     from each chunk's logits while they are there, and backward multiplies them by the upstream gradient; "none" makes
     the logits of each chunk again in backward. What is taken beyond the gradients themselves is `chunk_bytes`, a
-    float32 copy of the weight's gradient where that has 16 bits and there is more than one chunk, and under autocast
-    the weight in its dtype. The weight's gradient is summed over the chunks in float32. What needs no gradient costs no
-    product, and on the CPU rows with target `ignore_index` take part in none.
+    float32 copy of the weight's gradient where that has 16 bits and there is more than one chunk (there is one where
+    its logits take no more than both), and under autocast the weight in its dtype. The weight's gradient is summed over
+    the chunks in float32. What needs no gradient costs no product, and on the CPU rows with target `ignore_index` take
+    part in none.
 
     In float16 the gradients are kept as for "sum", the weight's in float32, and divided by the mean's denominator when
     the upstream gradient, with GradScaler's scale in it, has come: 1 / N alone would underflow.
@@ -94,7 +95,7 @@ def linear_cross_entropy(
     if not torch.compiler.is_compiling():
         backends.check(backend)
     ignore = -100 if ignore_index is None else ignore_index
-    dtype = _product_dtype(input)
+    dtype = product_dtype(input)
     rule = Rule(weight, ignore, label_smoothing, z_loss, softcap, logit_scale)
     tensors = (input, linear_weight, target, linear_bias, weight)
     if backend == "reference" or reduction not in ("none", "mean", "sum") or not _fusable(*tensors, dtype, rule):
@@ -195,7 +196,7 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", torch.n
 # --- what the fused path takes ---
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):

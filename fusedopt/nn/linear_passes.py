@@ -18,7 +18,7 @@ from fusedopt.nn.composed import compute_dtype
 from fusedopt.nn.cross_entropy import Rule, Stats
 
 
-def _without_autocast(function: Callable) -> Callable:
+def without_autocast(function: Callable) -> Callable:
     """Autocast has chosen the products' dtype by then; the float32 arithmetic inside is not its to change."""
 
     @functools.wraps(function)
@@ -59,12 +59,27 @@ def _kernels(logits: Tensor, target: Tensor) -> ModuleType:
     return backends.module(name) if name and fits else torch_rows
 
 
-def _row_bytes(x: Tensor, classes: int, target: Tensor, call: Call) -> int:
+def _row_bytes(x: Tensor, classes: int, target: Tensor, call: Call, gathered: bool) -> int:
     """What one row of a chunk takes: its logits, temporaries, and x in another dtype or gathered, with its gradient."""
+    copied = gathered or x.dtype != call.dtype
     probe = torch.empty(1, 1, dtype=call.dtype, device=x.device)
     fused = _kernels(probe, target) is not torch_rows
     per_logit = call.dtype.itemsize + (0 if fused else torch_rows.TEMPORARIES * compute_dtype(call.dtype).itemsize)
-    return classes * per_logit + 2 * x.shape[1] * call.dtype.itemsize
+    return classes * per_logit + 2 * copied * x.shape[1] * call.dtype.itemsize
+
+
+def _chunk_rows(
+    keep: Tensor | None, x: Tensor, weight: Tensor, target: Tensor, call: Call, needs: tuple[bool, bool, bool],
+    wide: bool = False,
+) -> int:  # fmt: skip
+    """Rows per chunk. All of them where that takes no more than smaller chunks and the float32 sum that they need."""
+    n = x.shape[0] if keep is None else keep.shape[0]
+    row_bytes = _row_bytes(x, weight.shape[0], target, call, keep is not None)
+    summed = needs[1] and call.dtype in chunks.HALVES and weight.dtype == call.dtype and not wide
+    spared = weight.numel() * 4 if summed else 0
+    if n * row_bytes <= call.chunk_bytes + spared and n <= (call.max_rows or n):
+        return max(1, n)
+    return chunks.rows_per_chunk(n, row_bytes, call.chunk_bytes, call.max_rows)
 
 
 # --- the two passes ---
@@ -78,12 +93,11 @@ def _kept(target: Tensor, call: Call) -> Tensor | None:
     return None if keep.shape[0] == target.shape[0] else keep
 
 
-def _factor(target: Tensor, classes: int, call: Call) -> float | Tensor:
+def target_factor(target: Tensor, rule: Rule, classes: int, mean: bool, dtype: torch.dtype) -> float | Tensor:
     """What the sum of the row losses is multiplied by. Checks the targets' range before all else, on the CPU."""
-    rule = call.rule
-    name = backends.for_losses("auto", target.device, call.dtype)
+    name = backends.for_losses("auto", target.device, dtype)
     if name:
-        return backends.module(name).target_factor(target, rule, classes, call.reduction == "mean")
+        return backends.module(name).target_factor(target, rule, classes, mean)
     if target.device.type == "cpu" and target.dim() == 1:
         wrong = ((target < 0) | (target >= classes)) & (target != rule.ignore_index)
         if wrong.any():
@@ -92,24 +106,22 @@ def _factor(target: Tensor, classes: int, call: Call) -> float | Tensor:
                 f"Target {int(target[where])} is out of bounds. (at flat position {where}; expected 0 <= target < "
                 f"{classes} or ignore_index={rule.ignore_index})"
             )
-    if call.reduction != "mean":
-        return 1.0
-    return torch_rows.total(target, rule, classes).reciprocal().to(compute_dtype(call.dtype))
+    return torch_rows.total(target, rule, classes).reciprocal().to(compute_dtype(dtype)) if mean else 1.0
 
 
-@_without_autocast
+@without_autocast
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Call, needs: tuple[bool, bool, bool]
 ) -> Result:
     """The loss, and for "mean" and "sum" the gradients that are needed."""
     classes, compute = weight.shape[0], compute_dtype(call.dtype)
-    factor = _factor(target, classes, call)
+    factor = target_factor(target, call.rule, classes, call.reduction == "mean", call.dtype)
     keep = _kept(target, call)
     counting = target if keep is None else target.index_select(0, keep)
     n = counting.shape[0]
-    chunk = chunks.rows_per_chunk(n, _row_bytes(x, classes, target, call), call.chunk_bytes, call.max_rows)
     needs = needs if call.reduction != "none" else (False, False, False)
     late = call.dtype == torch.float16
+    chunk = _chunk_rows(keep, x, weight, target, call, needs, wide=late)
     products = Products(x, weight, bias, call.dtype, keep=keep, chunk=chunk, needs=needs, wide=late)
     loss, lse = torch.empty(2, n, dtype=compute, device=x.device).unbind()
     stats = torch_rows.new_stats(n, compute, x.device)._replace(lse=lse) if call.return_stats else None
@@ -130,7 +142,7 @@ def forward(
     return Result(loss, products.gradients(), factor if late else 1.0, stats, lse)
 
 
-@_without_autocast
+@without_autocast
 def backward(
     upstream: Tensor,  # (N,)
     x: Tensor,
@@ -146,8 +158,7 @@ def backward(
     upstream = upstream.to(lse.dtype).contiguous()
     if keep is not None:
         target, upstream, lse = (column.index_select(0, keep) for column in (target, upstream, lse))
-    row_bytes = _row_bytes(x, weight.shape[0], target, call)
-    chunk = chunks.rows_per_chunk(target.shape[0], row_bytes, call.chunk_bytes, call.max_rows)
+    chunk = _chunk_rows(keep, x, weight, target, call, needs)
     products = Products(x, weight, bias, call.dtype, keep=keep, chunk=chunk, needs=needs)
     for rows in products.chunks():
         logits = products.logits(rows)
@@ -180,14 +191,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             return *_differentiable_gradients(upstream, x, weight, bias, target, ctx.call, ctx.needs), None, None
         if ctx.call.reduction == "none":
             return *backward(upstream, *ctx.saved_tensors, ctx.call, ctx.needs), None, None
-        if ctx.gradients is None:
-            _ = ctx.saved_tensors  # raises autograd's own error: the graph is freed
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = ctx.gradients
-        if not keep:
-            ctx.gradients = None
-        scale = upstream * ctx.scale
-        return *(scaled(g, scale, dtype, keep) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
+        return *deliver(ctx, upstream), None, None
+
+
+def deliver(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that forward left in ctx.gradients, times ctx.scale and upstream, in ctx.dtypes."""
+    if ctx.gradients is None:
+        _ = ctx.saved_tensors  # raises autograd's own error: the graph is freed
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    gradients = ctx.gradients
+    if not keep:
+        ctx.gradients = None
+    scale = upstream * ctx.scale
+    return tuple(scaled(g, scale, dtype, keep) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
 def _differentiable_gradients(

@@ -100,7 +100,28 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="stock and fused on the same batches, step by step in turn, and a table at the end",
     )
-    add("--inplace-loss", action="store_true", help="the fused loss writes its gradient over the logits")
+    add(
+        "--loss",
+        choices=("linear", "logits"),
+        help="of fusedopt: linear takes the head in, and the logits are never whole in memory; logits makes them "
+        "first, as stock does (default: linear, where the head is a linear layer and nothing more)",
+    )
+    add(
+        "--inplace-loss",
+        action="store_true",
+        help="--loss logits whose gradient is written over the logits",
+    )
+    add(
+        "--distill",
+        metavar="DIR",
+        help="learn from the model of an earlier run's folder too, on the same text and vocabulary",
+    )
+    add("--distill-divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl",
+        help="from the teacher's predictions (default: %(default)s)")  # fmt: skip
+    add("--distill-temperature", type=float, default=2.0, metavar="T", help="softens both (default: %(default)s)")
+    add(
+        "--distill-hard", type=float, default=0.5, metavar="SHARE", help="of the text's own loss (default: %(default)s)"
+    )
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--threads", type=int, help="CPU threads per process (default: torch's)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
@@ -154,6 +175,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup {args.warmup}: expected fewer than --steps {args.steps}")
 
     _check_optimizer(args)
+    _check_teacher(args)
     if args.init_from is None:
         _check_model(args)
     else:
@@ -188,8 +210,31 @@ def _check_optimizer(args: argparse.Namespace) -> None:
         )
     if args.inplace_loss and args.stock:
         raise UsageError("--inplace-loss: torch's loss has no such option; leave out --stock")
+    if args.loss and args.stock:
+        raise UsageError(f"--loss {args.loss}: torch's loss takes whole logits; leave out --stock")
+    if args.inplace_loss and args.loss == "linear":
+        raise UsageError("--inplace-loss: --loss linear has no logits to overwrite; use --loss logits")
+    if args.inplace_loss and args.distill:
+        raise UsageError("--inplace-loss: a teacher's loss takes the head in; leave it out, or --distill")
+    if args.loss == "logits" and args.distill:
+        raise UsageError("--loss logits: a teacher's loss takes the head in; leave it out, or --distill")
+    if args.loss is None:
+        args.loss = "logits" if args.inplace_loss or args.stock else "linear"
     if args.lr is None:
         args.lr = row["lr"] * (FINE_TUNE_LR if args.init_from else 1)
+
+
+def _check_teacher(args: argparse.Namespace) -> None:
+    if args.distill is None:
+        return
+    if not (Path(args.distill) / CHECKPOINT).is_file():
+        raise UsageError(f"--distill {args.distill}: no {CHECKPOINT} there; expected the --out of an earlier run")
+    if args.init_from is not None:
+        raise UsageError("--distill: a teacher of this loop and --init-from have different vocabularies")
+    if not (math.isfinite(args.distill_temperature) and args.distill_temperature > 0):
+        raise UsageError(f"--distill-temperature {args.distill_temperature}: expected a positive number")
+    if not 0 <= args.distill_hard <= 1:
+        raise UsageError(f"--distill-hard {args.distill_hard}: expected a share, 0 to 1")
 
 
 def _check_model(args: argparse.Namespace) -> None:

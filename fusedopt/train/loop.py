@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 
-from fusedopt import nn as fused_nn
 from fusedopt import optim as fused_optim
 
 from .cli import OPTIMIZERS
 from .data import Batch
 from .distributed import World
+from .losses import Trunk, fused_loss, load_teacher, stock_loss
 from .models import build
 
 STOCK, FUSED = "stock", "fused"
@@ -71,18 +71,20 @@ class PhaseClock:
 class Contender:
     """One model in training, with stock or fused ends."""
 
-    def __init__(self, name: str, args: argparse.Namespace, world: World):
+    def __init__(self, name: str, args: argparse.Namespace, world: World, vocabulary: str = ""):
         self.name, self.args, self.world = name, args, world
         self.device = world.device(args.device)
         self.model = build(args).to(self.device)
+        self.teacher = load_teacher(args, vocabulary).to(self.device) if args.distill else None
+        self.parallel = Trunk(self.model)
         if args.compile:
-            self.model.compile()
-        self.parallel = self.model
+            self.parallel.compile()
         if world.launched:
             self.parallel = DistributedDataParallel(
-                self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None
+                self.parallel, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
-        optimizer_class, self.criterion = ends(name, args)
+        optimizer_class, loss = ends(name, args)
+        self.loss = loss(self.model, self.teacher, args)
         self.optimizer = make_optimizer(optimizer_class, self.model, args)
         self.scheduler = make_scheduler(self.optimizer, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "float16")
@@ -93,10 +95,10 @@ class Contender:
     def step(self, batches: list[Batch], number: int) -> StepResult:
         """One optimizer step over the micro-batches.
 
-        The phases partition the step. The loss is its forward, and its backward up to the moment when the
-        gradient of the logits is ready, which a hook on the logits tells: the graph is the one that a user's
-        loop builds, with no detached leaf and no copy. The optimizer is unscaling, clipping, the update, the
-        schedule, and clearing the gradients.
+        The phases partition the step. The loss is that of head and loss, forward, and backward up to the moment
+        when the gradient of the hidden states is ready, which a hook on them tells: the graph is the one that a
+        user's loop builds, with no detached leaf and no copy. A teacher belongs to the model, its head to the loss.
+        The optimizer is unscaling, clipping, the update, the schedule, and clearing the gradients.
         """
         # dropout is the same for both contenders, and after a resume
         entropy = np.random.SeedSequence((self.args.seed, number, self.world.rank))
@@ -109,10 +111,11 @@ class Contender:
             waits = self.world.launched and index < len(batches)  # gradients are reduced after the last one
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with self.autocast():
-                    logits = self.parallel(tokens).flatten(0, 1)  # (B * T, V)
+                    hidden = self.parallel(tokens).flatten(0, 1)  # (B * T, H)
+                    taught = self.taught(tokens)
                     clock.mark("model")
-                    logits.register_hook(lambda _: clock.mark("loss"))
-                    loss = self.criterion(logits, targets.flatten())
+                    hidden.register_hook(lambda _: clock.mark("loss"))
+                    loss = self.loss(hidden, targets.flatten(), taught)
                 total += loss.detach()
                 self.scaler.scale(loss / len(batches) if len(batches) > 1 else loss).backward()
                 clock.mark("model")
@@ -130,6 +133,10 @@ class Contender:
         clock.mark("optimizer")
         ms = clock.milliseconds()
         return StepResult(total.item() / len(batches), lr, ms)
+
+    @torch.no_grad()
+    def taught(self, tokens: Tensor) -> Tensor | None:  # (B * T, Ht)
+        return None if self.teacher is None else self.teacher.hidden(tokens).flatten(0, 1)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
@@ -150,12 +157,12 @@ class Contender:
             getattr(self, part).load_state_dict(state[part])
 
 
-def ends(name: str, args: argparse.Namespace) -> tuple[type[torch.optim.Optimizer], Callable[[Tensor, Tensor], Tensor]]:
-    """The optimizer class and the loss of a contender: the only two lines in which they differ."""
+def ends(name: str, args: argparse.Namespace) -> tuple[type[torch.optim.Optimizer], Callable]:
+    """The optimizer class and the maker of the loss: the only two lines in which contenders differ."""
     optimizer_name = OPTIMIZERS[args.optimizer]["name"]
     if name == STOCK:
-        return getattr(torch.optim, optimizer_name), nn.CrossEntropyLoss()
-    return getattr(fused_optim, optimizer_name), fused_nn.CrossEntropyLoss(inplace=args.inplace_loss)
+        return getattr(torch.optim, optimizer_name), stock_loss
+    return getattr(fused_optim, optimizer_name), fused_loss
 
 
 def make_optimizer(

@@ -61,9 +61,10 @@ def measure(name: str, args: argparse.Namespace) -> float | None:
     # what torch and its libraries set up in a first step (70 MiB on a CPU) is no contender's
     small = {"model": "lstm" if args.model == "lstm" else "gpt", "layers": 1, "dim": 8, "heads": 1, "vocab_size": 16}
     tokens = torch.zeros(1, 2, dtype=torch.int64)
-    Contender(name, argparse.Namespace(**{**vars(args), **small, "seq_len": 2}), World()).step([(tokens, tokens)], 0)
+    small |= {"seq_len": 2, "distill": None}
+    Contender(name, argparse.Namespace(**{**vars(args), **small}), World()).step([(tokens, tokens)], 0)
     before = high_water_mark()
-    contender = Contender(name, args, World())
+    contender = Contender(name, args, World(), corpus.digest)
     for step in range(STEPS):
         contender.step(data.train_batches(args, corpus, step, rank=0, world_size=1), step)
     if args.device == "cuda":

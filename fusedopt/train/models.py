@@ -1,4 +1,8 @@
-"""The models, from tokens (B, T) to logits (B, T, V): a pre-norm transformer, an LSTM, a pretrained one."""
+"""The models, from tokens (B, T) to logits (B, T, V): a pre-norm transformer, an LSTM, a pretrained one.
+
+Each stops at its hidden states (B, T, H) if asked, so that a loss may take the head in. A model whose head is more than
+a linear layer has `head` None; its hidden states are its logits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,22 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
-class GPT(nn.Module):
+class LanguageModel(nn.Module):
+    """`hidden(tokens)` and `head`, one after the other."""
+
+    head: nn.Linear | None
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden if self.head is None else self.head(hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
+        return self.logits(self.hidden(tokens))
+
+
+class GPT(LanguageModel):
     """Learned positions, pre-norm blocks, an untied head without bias."""
 
     def __init__(self, vocab_size: int, seq_len: int, layers: int, dim: int, heads: int):
@@ -42,14 +61,14 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
+    def hidden(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
-class LSTM(nn.Module):
+class LSTM(LanguageModel):
     """Embedding, stacked LSTM from a zero state, linear head."""
 
     def __init__(self, vocab_size: int, layers: int, dim: int):
@@ -58,11 +77,11 @@ class LSTM(nn.Module):
         self.lstm = nn.LSTM(dim, dim, layers, batch_first=True)
         self.head = nn.Linear(dim, vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
-        return self.head(self.lstm(self.tokens(tokens))[0])
+    def hidden(self, tokens: Tensor) -> Tensor:
+        return self.lstm(self.tokens(tokens))[0]
 
 
-class Pretrained(nn.Module):
+class Pretrained(LanguageModel):
     """A Hugging Face causal LM that returns its logits and nothing else."""
 
     def __init__(self, folder: str):
@@ -70,8 +89,25 @@ class Pretrained(nn.Module):
         from transformers import AutoModelForCausalLM  # optional dependency; slow to import
 
         self.causal_lm = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
+        self.plain = self._head_is_plain()
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """Whether the logits are a linear layer's of the last hidden states, and nothing more: caps, scales, ..."""
+        head, trunk = self.causal_lm.get_output_embeddings(), self.causal_lm.base_model
+        if not isinstance(head, nn.Linear) or trunk is self.causal_lm:
+            return False
+        tokens = torch.arange(4)[None]
+        by_hand = head(trunk(input_ids=tokens, use_cache=False)[0])
+        return torch.allclose(by_hand, self.causal_lm(input_ids=tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+    @property
+    def head(self) -> nn.Linear | None:
+        return self.causal_lm.get_output_embeddings() if self.plain else None
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        if self.plain:
+            return self.causal_lm.base_model(input_ids=tokens, use_cache=False)[0]
         return self.causal_lm(input_ids=tokens, use_cache=False).logits
 
 

@@ -15,7 +15,7 @@ COLOURS = {STOCK: "#E69F00", FUSED: "#0072B2"}
 PHASE_COLOURS = {"model": "#BBBBBB", "loss": "#D55E00", "optimizer": "#009E73"}
 PHASE_LABELS = {
     "model": "model, forward + backward",
-    "loss": "loss, forward + backward",
+    "loss": "head and loss, forward + backward",
     "optimizer": "optimizer",
 }
 

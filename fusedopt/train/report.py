@@ -24,6 +24,7 @@ from .loop import FUSED, PHASES, STOCK
 
 SUMMARY = "summary.json"
 FILES = (SUMMARY, plots.LOSS, plots.TIMING)
+LABELS = {"loss": "head and loss", "optimizer": "optimizer", "model": "model", "step": "whole step"}
 
 
 def write(
@@ -102,7 +103,7 @@ def comparison(figures: dict[str, Any]) -> dict[str, Any]:
 def table(figures: dict[str, Any], summary: dict[str, Any]) -> Table:
     """Median and quartiles of each figure; with two contenders a column of ratios. Fits 80 columns."""
     ratio = summary.get("stock_over_fused", {})
-    title = "per step: median (quartiles); loss and model are forward + backward"
+    title = "per step: median (quartiles); loss (with the head) and model are forward + backward"
     result = Table(title=title, title_justify="left")
     result.add_column("")
     for name in figures:
@@ -113,7 +114,7 @@ def table(figures: dict[str, Any], summary: dict[str, Any]) -> Table:
     def add(label: str, cells: list[str], key: str = "") -> None:
         result.add_row(label, *cells, *([f"{ratio[key]:.2f}" if key in ratio else ""] if ratio else []))
 
-    for phase, label in (("loss", "loss"), ("optimizer", "optimizer"), ("model", "model"), ("step", "whole step")):
+    for phase, label in LABELS.items():
         quartiles_of = [figure["ms"][phase] for figure in figures.values()]
         add(
             f"{label}, ms",
@@ -142,8 +143,8 @@ def notes(summary: dict[str, Any], out: Path) -> list[str]:
             f"Final validation loss, fused less stock: {summary['val_loss_fused_minus_stock']:+.2e} nats per token"
         )
         lines.append(
-            f"Of the stock step the loss is {share['loss']:.0%} and the optimizer {share['optimizer']:.0%}; "
-            "the model is the same code on both sides."
+            f"Of the stock step head and loss are {share['loss']:.0%} and the optimizer {share['optimizer']:.0%}; "
+            "the model up to its head is the same code on both sides."
         )
         lines.append(
             "Peak memory: weights, gradients, optimizer state and activations, each contender in a process of its own."

@@ -27,7 +27,7 @@ from .memory import peak_memory
 # fmt: off
 ESSENTIAL = ("model", "layers", "dim", "heads", "vocab_size", "seq_len", "optimizer", "lr", "weight_decay",
              "momentum", "schedule", "warmup", "steps", "batch_size", "accumulate", "max_norm", "seed",
-             "dtype")
+             "dtype", "distill", "distill_divergence", "distill_temperature", "distill_hard")
 # fmt: on
 
 
@@ -67,12 +67,14 @@ class Run:
             self.corpus = data.load(args)
         self.validation = data.validation_batches(args, self.corpus)
         self.names = [STOCK, FUSED] if args.compare else [STOCK] if args.stock else [FUSED]
-        self.contenders = [Contender(name, args, world) for name in self.names]
+        self.contenders = [Contender(name, args, world, self.corpus.digest) for name in self.names]
         self.parameters = sum(parameter.numel() for parameter in self.contenders[0].model.parameters())
         self.essential = {flag(name): getattr(args, name) for name in ESSENTIAL}
         self.essential["the digest of the --data"] = self.corpus.digest
         self.essential["the number of processes"] = world.size
         self.essential["the list of contenders"] = self.names
+        if not args.distill:
+            self.essential = {name: value for name, value in self.essential.items() if "--distill" not in name}
         if args.schedule == "constant":
             del self.essential["--steps"]  # no step depends on it: the run may be made longer
         self.done = self.resume() if args.resume else 0

@@ -25,7 +25,7 @@ def _walk(input, target, grad, at, mask, factor):
     return difference * difference
 
 
-# what it is compiled anew for: arrays that do not begin at a multiple of 16 bytes
+# specialised on whether input, target and grad are aligned: not on their size
 @triton.jit(do_not_specialize=["upstream", "partial", "numel", "factor"])
 def squares(
     input,
@@ -93,9 +93,10 @@ def _launch(
     factor: float,
 ) -> int:
     """Returns the number of programs."""
-    programs = min(triton.cdiv(input.numel(), BLOCK), PROGRAMS)
+    numel = input.numel()
+    programs = min(triton.cdiv(numel, BLOCK), PROGRAMS)
     squares[(programs,)](
-        *(input, target, grad, upstream, partial, input.numel(), factor),
+        *(input, target, grad, upstream, partial, numel, factor),
         BLOCK=BLOCK,
         **options(input.device, THREADS),
     )

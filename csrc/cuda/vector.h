@@ -1,4 +1,4 @@
-// 16 bytes of elements. As words, because ptxas gives each 16-bit variable a register of its own.
+// 16 bytes of elements in registers.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -6,6 +6,7 @@
 
 namespace fusedopt::FUSEDOPT_ISA {
 
+// As words, because ptxas gives each 16-bit variable a register of its own.
 template <class S>
 struct Vector {
   static constexpr int kSize = 16 / int(sizeof(S));
