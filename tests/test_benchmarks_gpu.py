@@ -1,4 +1,4 @@
-"""The losses' GPU benchmarks, on the CPU and at a smaller size: names, bytes, oracles, peers. Their times say nothing."""
+"""The losses' GPU benchmarks, on the CPU and small: names, bytes, oracles, peers. Their times say nothing."""
 
 import sys
 from types import ModuleType
