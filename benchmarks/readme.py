@@ -1,6 +1,6 @@
 """Puts the tables between the README's markers, and finds a README that no longer says what the data say.
 
-<!-- benchmarks:NAME --> ... <!-- /benchmarks:NAME -->      NAME: optim, loss, linear_loss, host, install, train or plot
+<!-- benchmarks:NAME --> ... <!-- /benchmarks:NAME -->, where NAME is one of NAMES
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import os
 import re
 from pathlib import Path
 
-from . import report, store
+from . import features, report, store
 
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
-NAMES = (*store.SUITES, "train", "plot")
+NAMES = (*store.SUITES, "train", "plot", "features")
 
 
 def block(name: str, folders: list[Path], readme: Path) -> str:
     """What belongs between the markers `name`: each machine's table, under its folder's name if there are several."""
     if name not in NAMES:
         raise ValueError(f"{readme.name} has a marker benchmarks:{name}; known are {', '.join(NAMES)}")
+    if name == "features":
+        return features.table()
     found = {}
     for folder in folders:
         shown = Path(os.path.relpath(folder, readme.parent)).as_posix()

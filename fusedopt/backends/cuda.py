@@ -241,7 +241,12 @@ def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
     return tensor
 
 
-def _cross_entropy_args(logits: Tensor, target: Tensor, rule: Any, grad: Tensor | None, factor: float | Tensor) -> Any:
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
+
+
+def _cross_entropy_args(logits: Tensor, target: Tensor, rule: Any, grad: Tensor | None, factor: Tensor) -> Any:
+    """They hold addresses: the tensors must outlive the launch."""
     args = cpu._native.CudaCrossEntropyArgs()
     args.dtype = _name(logits.dtype)
     args.logits, args.logits_stride = logits, logits.stride(0)
@@ -254,7 +259,7 @@ def _cross_entropy_args(logits: Tensor, target: Tensor, rule: Any, grad: Tensor 
     args.z_loss, args.logit_scale, args.softcap = rule.z_loss, rule.logit_scale, rule.softcap or 0.0
     if grad is not None:
         args.grad, args.grad_stride = grad, grad.stride(0)
-    args.grad_factor = factor if isinstance(factor, Tensor) else torch.full((), factor, device=logits.device)
+    args.grad_factor = factor
     return args
 
 
@@ -269,6 +274,7 @@ def cross_entropy_forward(
     stats: Any = None,  # fusedopt.nn.cross_entropy.Stats of N elements each, written if given; its lse is `lse`
 ) -> None:
     """Row losses and log-sum-exps, with `grad` the gradient and with `stats` the statistics; one launch."""
+    factor = _scalar(factor, logits.device)
     args = _cross_entropy_args(logits, target, rule, grad, factor)
     args.loss, args.lse = rows, lse
     if stats is not None:
@@ -286,6 +292,7 @@ def cross_entropy_backward(
     lse: Tensor,
 ) -> None:
     """The gradient from the saved log-sum-exps, times `factor` and each row's `upstream`, rounded once; one launch."""
+    factor = _scalar(factor, logits.device)
     args = _cross_entropy_args(logits, target, rule, grad, factor)
     args.upstream, args.lse = upstream, lse
     cpu._native.cuda_cross_entropy(args, False, logits.device.index or 0, _stream(logits.device))
