@@ -50,7 +50,7 @@ gpu-sanitize: $(READY)
 	done
 
 gpu-bench: $(READY)
-	$(PY) -m benchmarks optim --device cuda $(ARGS)
+	$(PY) -m benchmarks all --device cuda $(ARGS)
 
 readme: $(READY)
 	$(PY) -m benchmarks readme $(ARGS)

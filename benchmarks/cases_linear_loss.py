@@ -95,6 +95,15 @@ def three_products(x: Tensor, weight: Tensor) -> Contender:
     return Contender(PRODUCTS, run, error)
 
 
+def torchs() -> dict[str, Loss]:
+    losses: dict[str, Loss] = {"torch whole logits": lambda x, w, t: F.cross_entropy(F.linear(x, w), t)}
+    if hasattr(F, "linear_cross_entropy"):
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        losses["torch linear"] = F.linear_cross_entropy
+        losses["torch linear chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w, t, options=chunked)
+    return losses
+
+
 def case(n: int, h: int, v: int, dtype_name: str) -> Case:
     dtype = DTYPES[dtype_name]
 
@@ -106,12 +115,7 @@ def case(n: int, h: int, v: int, dtype_name: str) -> Case:
 
     def build(quick: bool) -> list[Contender]:
         x, weight, target = inputs()
-        losses: dict[str, Loss] = {"torch whole logits": lambda x, w, t: F.cross_entropy(F.linear(x, w), t)}
-        if hasattr(F, "linear_cross_entropy"):
-            chunked = torch.nn.LinearCrossEntropyOptions()
-            losses["torch linear"] = F.linear_cross_entropy
-            losses["torch linear chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w, t, options=chunked)
-        losses["fusedopt"] = linear_cross_entropy
+        losses = {**torchs(), "fusedopt": linear_cross_entropy}
         expected = oracle(x, weight, target)
         return [contender(name, loss, x, weight, target, expected) for name, loss in losses.items()]
 

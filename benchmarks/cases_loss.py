@@ -5,7 +5,6 @@ On a CPU the first touch of a fresh tensor's pages can cost more than all arithm
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fusedopt.nn.functional import cross_entropy
 
-from .runner import Case, Contender, Target, relative_error
+from .runner import Case, Contender, Target, compiler_here, relative_error
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch reads it at its first allocation: set it before torch is imported
 ALLOCATORS = {"installed": {}, "huge-pages": HUGE_PAGES}  # name -> environment
@@ -55,7 +54,7 @@ def contender(name: str, loss: Loss, master: Tensor, target: Tensor, expected: t
     def error() -> float:
         prepare()
         run()
-        rows = _checked(master.shape[0])
+        rows = checked(master.shape[0])
         loss_error, grad_error = (
             relative_error(got, oracle, master.dtype)
             for got, oracle in zip((value, logits.grad[rows]), expected, strict=True)
@@ -65,7 +64,7 @@ def contender(name: str, loss: Loss, master: Tensor, target: Tensor, expected: t
     return Contender(name, run, error, prepare)
 
 
-def _checked(rows: int) -> Tensor:
+def checked(rows: int) -> Tensor:
     return torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS), dtype=torch.float64).long()
 
 
@@ -73,7 +72,7 @@ def oracle(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """In float64, row by row to spare memory: the mean loss, and the gradient of the checked rows."""
     n = logits.shape[0]
     losses = [x.double().logsumexp(0) - x[y].double() for x, y in zip(logits, target, strict=True)]
-    rows = _checked(n)
+    rows = checked(n)
     grad = torch.softmax(logits[rows].double(), dim=1)
     grad[torch.arange(len(rows)), target[rows]] -= 1
     return torch.stack(losses).mean(), grad / n
@@ -92,7 +91,7 @@ def case(rows: int, classes: int, dtype_name: str, allocator: str) -> Case:
             "fusedopt": cross_entropy,
             "fusedopt inplace": partial(cross_entropy, inplace=True),
         }
-        if quick or not any(map(shutil.which, ("g++", "clang++", "c++"))):  # compiling takes longer than all the rest
+        if quick or not compiler_here():  # compiling takes longer than all the rest
             del losses["torch compiled"]
         expected = oracle(master, target)
         return [contender(name, loss, master, target, expected) for name, loss in losses.items()]

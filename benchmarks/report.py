@@ -11,7 +11,18 @@ from rich.table import Table
 
 from fusedopt.train.report import LABELS
 
-from . import cases_linear_loss, cases_loss, cases_loss_dense, cases_optim, cases_optim_gpu, host, install, store
+from . import (
+    cases_linear_loss,
+    cases_linear_loss_gpu,
+    cases_loss,
+    cases_loss_dense,
+    cases_loss_gpu,
+    cases_optim,
+    cases_optim_gpu,
+    host,
+    install,
+    store,
+)
 from .runner import STREAM, Case
 
 Row = dict[str, Any]
@@ -25,8 +36,8 @@ def registry(suite: str, device: str | None = None) -> list[Case]:
     """The cases of a suite, of one device or of all."""
     sources = {
         "optim": (cases_optim, cases_optim_gpu),
-        "loss": (cases_loss, cases_loss_dense),
-        "linear_loss": (cases_linear_loss,),
+        "loss": (cases_loss, cases_loss_dense, cases_loss_gpu),
+        "linear_loss": (cases_linear_loss, cases_linear_loss_gpu),
     }.get(suite, ())
     return [case for source in sources for case in source.cases() if device in (None, case.device)]
 
@@ -137,6 +148,7 @@ def provenance(suite: str, rows: list[Row]) -> str:
     lines = dict.fromkeys(
         f"{where(r)}; torch {r['torch']}, "
         f"fusedopt {r['fusedopt']} at {r['commit']}, Python {r['python']}; {r['date']}; `python -m benchmarks {suite}`"
+        + (f"; not installed: {', '.join(r['absent'])}" if "absent" in r else "")
         for r in rows
     )
     return "\n\n".join(lines)

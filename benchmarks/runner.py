@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Case:
     device: str = "cpu"  # on "cuda" a turn's runs are queued, waited for, and timed together
     ceiling: Callable[[], Contender] | None = None  # what cannot be passed, where that is not the stream of `bytes`
     allowed_bytes: int = 0  # the most that ours may take beyond its inputs
+    absent: Callable[[], list[str]] = list  # peers that would take part if they were installed
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ def relative_error(result: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
     size = oracle.abs().clamp_min(max(float(oracle.abs().median()), torch.finfo(torch.float32).tiny))
     error = float(((result.double() - oracle).abs() / size).max())
     return error / torch.finfo(dtype).eps if math.isfinite(error) else math.inf
+
+
+def compiler_here() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs."""
+    return any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
 def peak_bytes(run: Callable[[], None], device: str) -> int:
@@ -135,12 +142,12 @@ def measure(
     try:
         for contender in contenders:
             tell(f"{contender.name}: warm-up and check")
-            if contender.release:
-                contender.release()
-                peaks[contender.name] = peak_bytes(contender.run, case.device)
             for _ in range(budget.warmup):
                 contender.prepare()
                 contender.run()
+            if contender.release:  # not at first: compilers and libraries have made their workspaces
+                contender.release()
+                peaks[contender.name] = peak_bytes(contender.run, case.device)
             errors[contender.name] = contender.error()
         take_turns = _take_turns_on_gpu if case.device == "cuda" else _take_turns
         take_turns(contenders, case.in_a_row, budget, times, host, tell)
@@ -213,7 +220,7 @@ def _rows(
     peaks: dict[str, int],
 ) -> list[dict[str, Any]]:
     ceiling = float(np.median(times[contenders[-1].name]))
-    rows = []
+    rows, absent = [], case.absent()
     for contender in contenders:
         low, median, high = (float(q) for q in np.quantile(times[contender.name], (0.2, 0.5, 0.8)))
         error = errors[contender.name]
@@ -240,6 +247,8 @@ def _rows(
         if contender.name in peaks:
             rows[-1]["peak_mib"] = round(peaks[contender.name] / 2**20, 3)
             rows[-1]["allowed_mib"] = round(case.allowed_bytes / 2**20, 3)
+        if absent:
+            rows[-1]["absent"] = absent
     return rows
 
 

@@ -17,6 +17,7 @@ UNITS = {
     "takes turns with the contenders",
     "ceiling_fraction": "ceiling_ms / median_ms",
     "peak_mib, allowed_mib": "the most that was allocated at once, beyond the inputs; and what ours may take",
+    "absent": "peers that would have taken part if they had been installed",
     "error, stock_error": "max |result - float64 oracle| / max(|oracle|, median |oracle|), in epsilons of the dtype",
     "verdict": "ok where error <= error_limit",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -399,16 +400,24 @@ def test_the_library_holds_what_it_says():
     assert {int(arch) for arch in re.findall(r"sm_(\d+)\S*\.ptx", listed)} == set(info["ptx"])
 
 
-def test_updates_move_16_bytes_at_a_time():
+@functools.cache
+def machine_code(arch):
+    """Of each kernel in the library."""
+    text = cuobjdump("-sass", "-arch", f"sm_{arch}", cpu._native.__file__)
+    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "moves"),
+    [("update", ("LDG", "STG")), (r"squared_error.*Lb0", ("LDG",)), (r"squared_error.*Lb1", ("LDG", "STG"))],
+)
+def test_kernels_move_16_bytes_at_a_time(kernels, moves):
     arch = cuda_info()["archs"][0]
     logs()
-    text = cuobjdump("-sass", "-arch", f"sm_{arch}", cpu._native.__file__)
-    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL))
-    updates = {name: code for name, code in functions.items() if "update" in name}
-    if not updates:
-        pytest.skip("the library has no kernel named update")
-    for name, code in updates.items():
-        for instruction in ("LDG", "STG"):
+    wanted = {name: code for name, code in machine_code(arch).items() if re.search(kernels, name)}
+    assert wanted
+    for name, code in wanted.items():
+        for instruction in moves:
             assert re.search(rf"\b{instruction}\.\S*(128|256)", code), f"{name}: no 16-byte {instruction}"
 
 

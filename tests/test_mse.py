@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_mode import Watch
+from mse_oracle import assert_as_good_as_stock, run
 
 import fusedopt
 from fusedopt import _native
@@ -32,25 +33,6 @@ def passes(monkeypatch):
     native = cpu._native.cpu_mse
     monkeypatch.setattr(cpu._native, "cpu_mse", lambda *args: calls.append(args) or native(*args))
     return calls
-
-
-def run(function, x, y, upstream, dtype=None, **options):
-    x, y = (t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in (x, y))
-    loss = function(x, y, **options)
-    loss.backward(upstream.to(loss.dtype))
-    return [t.detach().double() for t in (loss, x.grad, y.grad)]
-
-
-def assert_as_good_as_stock(x, y, reduction):
-    upstream = torch.tensor(1.375)
-    exact = run(F.mse_loss, x, y, upstream, torch.float64, reduction=reduction)
-    stock = run(F.mse_loss, x, y, upstream, reduction=reduction)
-    ours = run(mse_loss, x, y, upstream, reduction=reduction)
-    eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).smallest_normal
-    assert (ours[0] - exact[0]).abs() <= (stock[0] - exact[0]).abs() + (1e-6 if eps > 1e-10 else 1e-14) * exact[0]
-    for a, b, c in zip(ours[1:], stock[1:], exact[1:], strict=True):
-        # rounded in forward, and times the upstream gradient; in float32 the difference and the factor too
-        assert ((a - c).abs() <= torch.maximum((b - c).abs(), 2 * eps * c.abs() + eps * tiny)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

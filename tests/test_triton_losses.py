@@ -10,9 +10,9 @@ from triton_elsewhere import TARGETS, Code, compiled, pretend
 from triton_interpreter import INTERPRETED, interpreted, run_anew
 
 from fusedopt.backends import bad_target, triton
-from fusedopt.backends.triton import mse, totals
+from fusedopt.backends.triton import totals
 from fusedopt.nn.cross_entropy import Rule
-from fusedopt.nn.functional import cross_entropy, mse_loss
+from fusedopt.nn.functional import cross_entropy
 
 
 @pytest.mark.timeout(900)
@@ -83,38 +83,6 @@ def test_scaling(dtype, n):
     expected = (tensor.float() * 0.3).to(dtype)
     assert torch.equal(triton.scale_(tensor.clone(), torch.tensor(1.0)), tensor)
     assert torch.equal(triton.scale_(tensor, torch.tensor(0.3)), expected)
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("shape", [(1,), (40, 57), (9001,)])
-def test_squared_error(on, dtype, reduction, shape):
-    a, b = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
-    loss = mse_loss(a, b, reduction=reduction, backend="triton")
-    assert loss.dtype == torch.float32 and "_MSE" in type(loss.grad_fn).__name__
-    upstream = torch.tensor(0.7)
-    found = torch.autograd.grad(loss, (a, b), upstream)
-    x, y = (t.detach().double().requires_grad_() for t in (a, b))
-    expected = F.mse_loss(x, y, reduction=reduction)
-    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
-    ulp = torch.finfo(dtype).eps
-    for ours, right in zip(found, torch.autograd.grad(expected, (x, y), upstream.double()), strict=True):
-        torch.testing.assert_close(ours.double(), right, rtol=2 * ulp, atol=ulp * torch.finfo(dtype).smallest_normal)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_squared_error_compiles_to_wide_accesses(monkeypatch, tmp_path, target, dtype):
-    pretend(monkeypatch, target, mse)
-    a, b = torch.zeros(2, 1 << 14, dtype=dtype)
-    mse.squared_error(a, b, 1.0, torch.empty_like(a), 1.0)
-    mse.squared_error_backward(a, b, torch.empty_like(a), 1.0, torch.ones(()))
-    for made in compiled(mse.squares, target):
-        code = Code.of(made, tmp_path)
-        assert code.local == 0
-        assert code.loads >= 2 and code.stores >= 1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

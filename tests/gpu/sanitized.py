@@ -24,7 +24,8 @@ for shape in [(5, 3), (3, 2053), (2, 70001)]:
                 loss, _ = cross_entropy(x, target, weight, **options, backend="cuda")
                 loss.sum().backward()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for n in (1, 1003, 300_000):
-        a, b = torch.randn(2, n, device="cuda", dtype=dtype)
-        mse_loss(a.requires_grad_(), b, backend="cuda").backward()
+    for n in (1, 5003, 70001):
+        x, y = (torch.randn(n + 1, device="cuda").to(dtype)[1:].requires_grad_() for _ in range(2))
+        mse_loss(x, y, backend="cuda").backward()
+        mse_loss(x.detach().clone().requires_grad_(), y.detach().clone(), backend="cuda").backward()
 print("all rules stepped, all losses computed")

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_oracle import assert_as_good_as_composition, make
+from mse_oracle import check_functional, check_kernels
 
+from fusedopt import backends
 from fusedopt.nn.functional import cross_entropy, linear_cross_entropy, mse_loss
 
 EXTRAS = [
@@ -54,6 +56,8 @@ def test_nothing_waits(backend):
     x = torch.randn(100, 1003, device="cuda", requires_grad=True)
     target = torch.randint(1003, (100,), device="cuda")
     cross_entropy(x, target, backend=backend).backward()  # compiles, for Triton
+    for dtype in (torch.float32, torch.float16):
+        mse_loss(x.to(dtype), x.detach().to(dtype), backend=backend).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -63,6 +67,9 @@ def test_nothing_waits(backend):
         hidden = torch.randn(100, 64, device="cuda", requires_grad=True)
         weight = torch.randn(1003, 64, device="cuda", requires_grad=True)
         linear_cross_entropy(hidden, weight, target).backward()
+        for dtype in (torch.float32, torch.float16):
+            a, b = (t.detach().to(dtype).requires_grad_() for t in (x, x + 1))
+            mse_loss(a, b, backend=backend).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -116,30 +123,55 @@ def test_more_than_2_to_the_31_logits(backend):
     torch.testing.assert_close(x.grad[0, :10].float(), torch.full((10,), 1 / classes, device="cuda"), rtol=1e-2, atol=0)
 
 
+# --- mean squared error ---
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_squared_error(dtype, reduction, backend):
-    for shape, offset in (((7,), 0), ((1000, 1003), 0), ((999_999,), 1)):
-        numel = torch.Size(shape).numel()
-        storage = torch.randn(2, numel + offset, device="cuda").to(dtype)
-        a, b = (row[offset:].reshape(shape).requires_grad_() for row in storage)
-        loss = mse_loss(a, b, reduction=reduction, backend=backend)
-        upstream = torch.tensor(0.7, device="cuda")
-        found = torch.autograd.grad(loss, (a, b), upstream)
-        x, y = (t.detach().double().requires_grad_() for t in (a, b))
-        expected = F.mse_loss(x, y, reduction=reduction)
-        torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
-        ulp = torch.finfo(dtype).eps
-        for ours, right in zip(found, torch.autograd.grad(expected, (x, y), upstream.double()), strict=True):
-            torch.testing.assert_close(ours.double(), right, rtol=2 * ulp, atol=ulp * torch.finfo(dtype).tiny)
+def test_squared_error_kernels(dtype, backend):
+    for n in (1, 3, 8, 1000, 4096, 8195, 20003, 20_000_003):
+        losses = check_kernels(backends.module(backend), n, dtype, "cuda")
+        if backend == "cuda":
+            assert len(set(losses)) == 1, losses  # wherever the tensors begin
+        assert losses == check_kernels(backends.module(backend), n, dtype, "cuda")
 
 
-def test_squared_error_waits_for_nothing(backend):
-    a, b = torch.randn(2, 100_003, device="cuda").requires_grad_()
-    mse_loss(a, b.detach(), backend=backend).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        mse_loss(a, b.detach(), backend=backend).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_squared_error_from_python(backend):
+    check_functional(backend, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_squared_error_in_a_graph(dtype, backend):
+    x, y = (torch.randn(5003, device="cuda", dtype=dtype) for _ in range(2))
+    x.requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        mse_loss(x, y, backend=backend).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = mse_loss(x, y, backend=backend)
+        loss.backward()
+    with torch.no_grad():
+        x.mul_(2)
+    graph.replay()
+    leaf = x.detach().double().requires_grad_()
+    expected = F.mse_loss(leaf, y.double())
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad.double(), leaf.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_squared_error_of_more_than_2_to_the_31_elements(backend):
+    n = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 7 * n:
+        pytest.skip(f"needs {7 * n >> 30} GiB of free GPU memory")
+    x, y = torch.zeros(n, dtype=torch.bfloat16, device="cuda"), torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    x[-5:], x[0] = 3.0, -2.0
+    loss = mse_loss(x.requires_grad_(), y, reduction="sum", backend=backend)
+    assert loss == 5 * 9 + 4
+    loss.backward()
+    assert x.grad[-5:].tolist() == [6.0] * 5 and x.grad[0] == -4
+    for block in x.grad[1:-5].split(2**28):
+        assert not block.any()

@@ -1,36 +1,35 @@
-"""csrc/cuda/mse.cu against float64, on host memory: `mse.py LIBRARY`."""
+"""csrc/cuda/mse.cu against float64, on host memory: `mse.py LIBRARY full|few`."""
 
-import simulated  # noqa: F401, I001
+import simulated  # noqa: I001
 import itertools
+import sys
 
 import torch
-from fusedopt.backends import cpu
-from fusedopt.nn.functional import mse_loss
+from mse_oracle import check_functional, check_kernels
+
+from fusedopt.backends import cuda
 
 torch.set_num_threads(1)
-cpu.device_types = frozenset()
+SIZES = [1, 3, 8, 1000, 4096, 8195, 20000]
+if sys.argv[2] == "full":
+    SIZES += [70001]
 checked = 0
-SIZES = [(1,), (7,), (8, 3), (1000,), (257, 129), (300_001,)]
-for shape, dtype, reduction, offset, needs in itertools.product(
-    SIZES, (torch.float32, torch.bfloat16, torch.float16), ("mean", "sum"), (0, 1), ((True, False), (True, True))
-):
-    numel = torch.Size(shape).numel()
-    storage = torch.randn(2, numel + offset, generator=torch.Generator().manual_seed(checked)).to(dtype)
-    a, b = (row[offset:].reshape(shape).requires_grad_(need) for row, need in zip(storage, needs, strict=True))
-    loss = mse_loss(a, b, reduction=reduction, backend="cuda")
-    assert loss.dtype == torch.float32 and "_MSE" in type(loss.grad_fn).__name__
-    upstream = torch.tensor(0.7)
-    found = torch.autograd.grad(loss, [t for t in (a, b) if t.requires_grad], upstream)
-    x, y = (t.detach().double().requires_grad_(t.requires_grad) for t in (a, b))
-    expected = torch.nn.functional.mse_loss(x, y, reduction=reduction)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    right = torch.autograd.grad(expected, [t for t in (x, y) if t.requires_grad], upstream.double())
-    eps = torch.finfo(dtype).eps
-    for ours, exact in zip(found, right, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=2 * eps, atol=torch.finfo(dtype).smallest_normal * eps)
-    checked += 1
-a, b = torch.randn(2, 40).requires_grad_()
-loss = mse_loss(a, b, backend="cuda")
-first = torch.autograd.grad(loss, a, retain_graph=True)[0]
-torch.testing.assert_close(torch.autograd.grad(3 * loss, a)[0], 3 * first)
+for n, dtype in itertools.product(SIZES, (torch.float32, torch.bfloat16, torch.float16)):
+    losses = check_kernels(cuda, n, dtype)
+    assert len(set(losses)) == 1, (n, dtype, losses)  # the sum's order depends on the size alone
+    checked += len(losses)
+check_functional("cuda")
+
+launches = simulated.control.fusedopt_simt_launch_count
+launches.restype = simulated.ctypes.c_size_t
+many = 4097 * 4096 + 5 if sys.argv[2] == "full" else 4096  # more than there are blocks at once
+x, y, grad = torch.arange(many) % 7 - 3.0, torch.ones(many), torch.empty(many)
+simulated.control.fusedopt_simt_reset()
+loss = cuda.squared_error(x, y, 1.0, grad, 2.0)
+assert launches() == 2
+assert torch.equal(grad, 2 * (x - y))
+assert loss == (x - y).square().sum(dtype=torch.float64).float()
+cuda.squared_error_backward(x, y, grad, 2.0, torch.tensor(3.0))
+assert launches() == 3
+assert torch.equal(grad, 6 * (x - y))
 print(f"{checked} losses agree")

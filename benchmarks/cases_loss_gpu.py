@@ -1,0 +1,173 @@
+"""Losses on a GPU, forward and backward: against the device's own copy, torch, and the peers that are installed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedopt import backends
+from fusedopt.nn.functional import cross_entropy, mse_loss
+
+from . import cases_loss, cases_loss_dense, peers
+from .runner import STREAM, Case, Contender, Target, compiler_here, relative_error
+
+DEVICE = "cuda"
+SHAPES = [(16384, 32768), (8192, 50257), (8192, 128256), (4096, 262144)]  # float32: half as many rows
+IMAGES = cases_loss_dense.IMAGES
+ELEMENTS = cases_loss_dense.ELEMENTS
+DTYPES = cases_loss.DTYPES
+LIMIT = cases_loss.LIMIT
+CHECKED = 16  # rows of the gradient
+IN_A_ROW = 4  # as in training nobody waits for a loss before what follows is queued
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def ours() -> dict[str, str]:
+    """Contender -> backend: the fastest, and Triton beside it where that is another."""
+    named = {"fusedopt": "cuda", "fusedopt triton": "triton"}
+    return {name: backend for name, backend in named.items() if backends.available()[backend] is True}
+
+
+def contender(
+    name: str,
+    loss: Loss,
+    master: Tensor,
+    target: Tensor,
+    expected: tuple[Tensor, Tensor],
+    checked: Callable[[Tensor], Tensor],
+    destroys: bool = False,  # its input: it gets a copy, restored before each turn
+) -> Contender:
+    """Its runs may be queued one after the other: each drops the gradient of the one before."""
+    leaf = (master.clone() if destroys else master.detach()).requires_grad_()
+    value = torch.empty(())
+
+    def prepare() -> None:
+        if destroys:
+            with torch.no_grad():
+                leaf.copy_(master)
+
+    def run() -> None:
+        nonlocal value
+        leaf.grad = None
+        result = loss(leaf, target)
+        result.backward()
+        value = result.detach()
+
+    def error() -> float:
+        prepare()
+        run()
+        found = (value, checked(leaf.grad))
+        return max(relative_error(got, oracle, master.dtype) for got, oracle in zip(found, expected, strict=True))
+
+    return Contender(name, run, error, prepare)
+
+
+def contenders(
+    stock: Loss,
+    fused: Loss,
+    input: Tensor,
+    target: Tensor,
+    oracle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    checked: Callable[[Tensor], Tensor],
+    quick: bool,
+    others: peers.Peers,
+) -> list[Contender]:
+    losses: dict[str, Loss] = {"torch eager": stock}
+    if compiler_here() and not quick:
+        torch._dynamo.reset()  # it gives up on a function that it has compiled for eight shapes
+        losses["torch compiled"] = torch.compile(stock, dynamic=False)
+    losses |= {name: partial(fused, backend=backend) for name, backend in ours().items()}
+    found = peers.installed(others)
+    with torch.device(DEVICE):  # where an oracle makes its indices
+        expected = oracle(input, target)
+    return [
+        contender(name, loss, input, target, expected, checked, destroys=name in found)
+        for name, loss in (losses | found).items()
+    ]
+
+
+def rows_case(rows: int, classes: int, dtype_name: str) -> Case:
+    dtype = DTYPES[dtype_name]
+
+    def build(quick: bool) -> list[Contender]:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        logits = torch.randn(rows, classes, generator=generator, device=DEVICE).to(dtype)
+        target = torch.randint(classes, (rows,), generator=generator, device=DEVICE)
+        some = lambda grad: grad[cases_loss.checked(rows)]  # noqa: E731
+        return contenders(
+            F.cross_entropy, cross_entropy, logits, target, cases_loss.oracle, some, quick, peers.CROSS_ENTROPY
+        )
+
+    targets = [
+        Target("fusedopt", "torch eager", 3.5),
+        Target("fusedopt", "torch compiled", 2.0),
+        Target("fusedopt", "liger", 2.0),
+    ]
+    if dtype == torch.bfloat16:
+        targets.append(Target("fusedopt", STREAM, 0.85))
+    return Case(
+        f"gpu-ce-{rows}x{classes}-{dtype_name}",
+        f"cross entropy, {rows} x {classes}, {dtype_name}",
+        rows * classes * 2 * dtype.itemsize,  # read the logits, write the gradient
+        LIMIT,
+        build,
+        tuple(targets),
+        IN_A_ROW,
+        DEVICE,
+        absent=lambda: peers.absent(peers.CROSS_ENTROPY),
+    )
+
+
+def images_case() -> Case:
+    def build(quick: bool) -> list[Contender]:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        logits = torch.randn(IMAGES, generator=generator, device=DEVICE)
+        target = torch.randint(IMAGES[1], (IMAGES[0], *IMAGES[2:]), generator=generator, device=DEVICE)
+        oracle, some = cases_loss_dense.image_oracle, cases_loss_dense.first_pixels
+        return contenders(F.cross_entropy, cross_entropy, logits, target, oracle, some, quick, {})
+
+    return Case(
+        f"gpu-ce-images-{'x'.join(map(str, IMAGES))}-f32",
+        f"cross entropy, images {IMAGES}, f32",
+        2 * 4 * math.prod(IMAGES),
+        LIMIT,
+        build,
+        in_a_row=IN_A_ROW,
+        device=DEVICE,
+    )
+
+
+def mse_case(dtype_name: str) -> Case:
+    dtype = DTYPES[dtype_name]
+
+    def build(quick: bool) -> list[Contender]:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        input, target = (torch.randn(ELEMENTS, generator=generator, device=DEVICE).to(dtype) for _ in range(2))
+        oracle, some = cases_loss_dense.mse_oracle, cases_loss_dense.first_elements
+        return contenders(F.mse_loss, mse_loss, input, target, oracle, some, quick, {})
+
+    return Case(
+        f"gpu-mse-64M-{dtype_name}",
+        f"mean squared error, 64 M elements, {dtype_name}",
+        3 * dtype.itemsize * ELEMENTS,  # read input and target, write the gradient
+        LIMIT,
+        build,
+        (Target("fusedopt", STREAM, 0.85),),
+        IN_A_ROW,
+        DEVICE,
+    )
+
+
+def cases() -> list[Case]:
+    rows = [
+        rows_case(rows // (dtype.itemsize // 2), classes, name)
+        for rows, classes in SHAPES
+        for name, dtype in reversed(DTYPES.items())
+    ]
+    return [*rows, images_case(), *map(mse_case, DTYPES)]
