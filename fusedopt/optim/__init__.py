@@ -3,7 +3,8 @@
     import torch.optim as optim      ->      from fusedopt import optim
 
 Each class subclasses its torch namesake and adds keywords: `backend`, "auto" (the fastest there is), "cpu", "cuda",
-"triton" or "reference"; `max_norm` and `skip_non_finite`, clipping in the step. Every other name of torch.optim resolves to torch's own, `lr_scheduler` too.
+"triton" or "reference"; `max_norm` and `skip_non_finite`, clipping in the step. Every other name of torch.optim is
+torch's own, `lr_scheduler` too.
 """
 
 from __future__ import annotations

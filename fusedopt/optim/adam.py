@@ -21,7 +21,8 @@ class Adam(FusedStep, torch.optim.Adam):
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (PyTorch's own kernels).
         max_norm (float): clip by the total norm of all gradients, as `torch.nn.utils.clip_grad_norm_` would on float32
             copies of them, but with the coefficient (float32 on GPUs) folded into the update: the gradients stay as
-            they are, and GradScaler needs no `unscale_`. `grad_norm` tells the norm, unscaled and before clipping. inf: measure only.
+            they are, and GradScaler needs no `unscale_`. `grad_norm` tells the norm, unscaled and before clipping. inf:
+            measure only.
         skip_non_finite (bool): leave out a step whose gradients' norm is inf or NaN, step counters included;
             `skipped_steps` counts them. Otherwise such a step does what stock's does.
 
