@@ -121,7 +121,14 @@ def try_cross_entropy(
     leaf = logits.clone().requires_grad_()
     given = torch.cat([leaf, leaf], 1)[:, :V] if gaps else leaf * 1
     loss = cross_entropy(
-        given, target, weight, reduction=reduction, inplace=inplace, return_stats=return_stats, **options
+        given,
+        target,
+        weight,
+        reduction=reduction,
+        inplace=inplace,
+        return_stats=return_stats,
+        backend=BACKEND,
+        **options,
     )
     exact = logits.double().requires_grad_()
     hard = target if not probabilities else target.double()
@@ -152,7 +159,7 @@ def try_linear_cross_entropy(
     weight = torch.rand(V, generator=g).to(dtype) if weighted else None
     loss = linear_cross_entropy(
         x, w, target, linear_bias=b, weight=weight, reduction=reduction, return_stats=return_stats, chunk_bytes=700,
-        **options,
+        backend=BACKEND, **options,
     )  # fmt: skip
     logits = torch.nn.functional.linear(*exact)
     hard = target if not probabilities else target.double()

@@ -493,7 +493,7 @@ def test_torch_compile_statistics_and_autocast():
 @pytest.mark.parametrize("stats", [False, True])
 def test_registered_operators(dtype, reduction, stats):
     x, w, b, target, weight = make(6, 4, 7, dtype, weighted=True)
-    options = (-100, 0.1, 1e-3, None, 1.0, reduction, dtype, 1000, None, stats, True, True, True)
+    options = (-100, 0.1, 1e-3, None, 1.0, reduction, dtype, 1000, None, stats, "auto", True, True, True)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     torch.library.opcheck(torch.ops.fusedopt.linear_cross_entropy.default, (*leaves, target, weight.float(), *options))
     if reduction == "none":

@@ -314,7 +314,7 @@ def test_registered_operator(reduction):
     x, w, b, tx, tw, target = make(6, 4, 3, 7)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     options = ("jsd", 0.5, 2.0, 0.3, -100, 0.1, 0.01, 5.0, 0.9, None, 1.0)
-    options = (*options, reduction, torch.float32, torch.float32, 1000, True, True, True)
+    options = (*options, reduction, torch.float32, torch.float32, 1000, "auto", True, True, True)
     operator = torch.ops.fusedopt.linear_distillation.default
     torch.library.opcheck(operator, (*leaves, target, tx, tw, None, None, None, *options))
 
@@ -403,3 +403,13 @@ def test_module():
     assert fusedopt.LinearDistillationLoss is fusedopt.nn.LinearDistillationLoss
     with pytest.raises(ValueError, match="temperature"):
         fusedopt.nn.LinearDistillationLoss(temperature=-1.0)
+
+
+def test_the_backend_that_was_asked_for(monkeypatch):
+    x, w, _, tx, tw, target = make()
+    whole = linear_distillation(x, w, tx, tw, target, hard_weight=0.5, backend="reference")
+    torch.testing.assert_close(linear_distillation(x, w, tx, tw, target, hard_weight=0.5, backend="cpu"), whole)
+    monkeypatch.setattr(fusedopt.nn.distillation_passes, "walk", None)
+    linear_distillation(x, w, tx, tw, target, backend="reference")
+    with pytest.raises(ValueError, match="backend='gpu' is not one of"):
+        linear_distillation(x, w, tx, tw, backend="gpu")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fusedopt import backends
 from fusedopt.nn import chunks
 from fusedopt.nn import divergence as divergences
 from fusedopt.nn.cross_entropy import check_extras
@@ -39,6 +40,7 @@ def linear_distillation(
     teacher_logit_scale: float = 1.0,
     reduction: str = "mean",
     chunk_bytes: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """How far a student's predictions are from a teacher's, and from the labels; neither's logits are ever whole.
 
@@ -79,6 +81,7 @@ def linear_distillation(
         reduction (str): "mean" (over the rows that count), "sum" or "none".
         chunk_bytes (int): what the logits of a chunk, both sides', may take: by default 64 MiB on the CPU and 1 GiB on
             other devices.
+        backend (str): "auto", "cpu", "cuda", "triton" or "reference" (PyTorch's operations, whole logits).
 
     Returns:
         The loss: a scalar, or of shape (...) for "none"; float32 (float64 for float64 logits).
@@ -101,8 +104,10 @@ def linear_distillation(
             temperature=temperature, hard_weight=hard_weight, ignore_index=ignore_index,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
             teacher_softcap=teacher_softcap, teacher_logit_scale=teacher_logit_scale, reduction=reduction,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=chunk_bytes, backend=backend,
         )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        backends.check(backend)
     check_options(divergence, beta, temperature, hard_weight, label_smoothing, reduction)
     check_extras(z_loss, softcap, logit_scale)
     check_extras(0.0, teacher_softcap, teacher_logit_scale, prefix="teacher_")
@@ -125,11 +130,11 @@ def linear_distillation(
     call = Call(
         divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
         teacher_softcap, teacher_logit_scale, reduction, student_dtype, teacher_dtype,
-        chunk_bytes or chunks.budget(x.device),
+        chunk_bytes or chunks.budget(x.device), backend,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         loss = apply_op(x, linear_weight, linear_bias, call, flat, *teacher)
-    elif not _walkable(tensors):
+    elif backend == "reference" or not _walkable(tensors):
         loss = composed(x, linear_weight, linear_bias, teacher, flat, call)
     else:
         loss = LinearDistillation.apply(x, linear_weight, linear_bias, call, flat, *teacher)
@@ -140,7 +145,7 @@ class LinearDistillationLoss(torch.nn.Module):
     """`fusedopt.nn.functional.linear_distillation` as a module, which holds its options and no parameters.
 
     Args: divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-    teacher_softcap, teacher_logit_scale, reduction and chunk_bytes of the function.
+    teacher_softcap, teacher_logit_scale, reduction, chunk_bytes and backend of the function.
 
     Shape: `loss(input, linear_weight, teacher_input, teacher_weight, target=None, *, linear_bias=None,
     teacher_bias=None, teacher_logits=None)` as the function's; output a scalar, or (...) for reduction "none".
@@ -165,6 +170,7 @@ class LinearDistillationLoss(torch.nn.Module):
         teacher_logit_scale: float = 1.0,
         reduction: str = "mean",
         chunk_bytes: int | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         check_options(divergence, beta, temperature, hard_weight, label_smoothing, reduction)
@@ -184,6 +190,7 @@ class LinearDistillationLoss(torch.nn.Module):
             "teacher_logit_scale": teacher_logit_scale,
             "reduction": reduction,
             "chunk_bytes": chunk_bytes,
+            "backend": backends.check(backend),
         }
 
     def forward(

@@ -38,6 +38,7 @@ class Call(NamedTuple):
     dtype: torch.dtype  # of the student's product
     teacher_dtype: torch.dtype  # of the teacher's
     chunk_bytes: int
+    backend: str
 
     @property
     def rule(self) -> Rule:
@@ -61,8 +62,8 @@ class Teacher(NamedTuple):
 # --- one block of rows ---
 
 
-def _kernels(logits: Tensor) -> Any:
-    name = backends.for_losses("auto", logits.device, logits.dtype)
+def _kernels(logits: Tensor, backend: str) -> Any:
+    name = backends.for_losses(backend, logits.device, logits.dtype)
     return backends.module(name) if name else torch_rows
 
 
@@ -100,7 +101,9 @@ def _block(
     if call.hard_weight:
         rows, lse = torch.empty_like(loss), torch.empty_like(loss)
         hard = s if with_grad else None  # over the logits, which nobody reads any more
-        _kernels(s).cross_entropy_forward(s, target, call.rule, hard, factor * call.hard_weight, rows, lse)
+        _kernels(s, call.backend).cross_entropy_forward(
+            s, target, call.rule, hard, factor * call.hard_weight, rows, lse
+        )
         loss.add_(rows, alpha=call.hard_weight)
         grad = hard if grad is None else grad.add_(hard)
     if with_grad:
@@ -162,7 +165,9 @@ def walk(
 def _factor(x: Tensor, classes: int, target: Tensor | None, call: Call) -> float | Tensor:
     """What the sum of the row losses is multiplied by. Checks the targets' range before all else, on the CPU."""
     if target is not None:
-        return linear_passes.target_factor(target, call.rule, classes, call.reduction == "mean", call.dtype)
+        return linear_passes.target_factor(
+            target, call.rule, classes, call.reduction == "mean", call.dtype, call.backend
+        )
     if call.reduction != "mean":
         return 1.0
     return 1.0 / len(x) if len(x) else float("nan")
@@ -273,6 +278,7 @@ def _op(
     dtype: torch.dtype,
     teacher_dtype: torch.dtype,
     chunk_bytes: int,
+    backend: str,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
@@ -280,7 +286,7 @@ def _op(
     """Loss; gradients of x, weight and bias, and their scale. Empty where not needed; "none" needs an upstream."""
     call = Call(
         divergence, beta, temperature, hard_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-        teacher_softcap, teacher_logit_scale, reduction, dtype, teacher_dtype, chunk_bytes,
+        teacher_softcap, teacher_logit_scale, reduction, dtype, teacher_dtype, chunk_bytes, backend,
     )  # fmt: skip
     teacher = Teacher(teacher_input, teacher_weight, teacher_bias, teacher_logits)
     needs = (need_x, need_weight, need_bias)
@@ -296,7 +302,7 @@ def _op(
 @_op.register_fake
 def _(x, weight, bias, target, teacher_input, teacher_weight, teacher_bias, teacher_logits, upstream,
       *options):  # type: ignore[no-untyped-def]  # fmt: skip
-    *_, reduction, dtype, teacher_dtype, _ = options[:-3]
+    *_, reduction, dtype, teacher_dtype, _, _ = options[:-3]
     needs = options[-3:]
     compute = torch.promote_types(compute_dtype(dtype), compute_dtype(teacher_dtype))
     rows = () if reduction != "none" or upstream is not None else x.shape[:1]

@@ -113,6 +113,7 @@ def linear_cross_entropy(
         chunk_bytes or chunks.budget(x.device),
         getattr(options, "batch_chunk_size", None),
         return_stats,
+        backend,
     )
     apply = linear_op.apply if torch.compiler.is_compiling() else LinearCrossEntropy.apply
     loss, *stats = apply(x, linear_weight, linear_bias, flat, call)

@@ -39,13 +39,14 @@ def _op(
     chunk_bytes: int,
     max_rows: int | None,
     return_stats: bool,
+    backend: str,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; gradients of x, weight and bias, and their scale; lse, argmax, correct, entropy. Empty where not needed."""
     rule = Rule(class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    call = Call(rule, reduction, dtype, chunk_bytes, max_rows, return_stats)
+    call = Call(rule, reduction, dtype, chunk_bytes, max_rows, return_stats, backend)
     result = linear_passes.forward(x, weight, bias, target, call, (need_x, need_weight, need_bias))
     gradients = (x.new_empty(0) if g is None else g for g in result.gradients)
     scale = torch.as_tensor(result.scale, dtype=compute_dtype(dtype), device=x.device)
@@ -56,7 +57,7 @@ def _op(
 
 @_op.register_fake
 def _(x, weight, bias, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction,
-      dtype, chunk_bytes, max_rows, return_stats, need_x, need_weight, need_bias):  # type: ignore[no-untyped-def]  # fmt: skip
+      dtype, chunk_bytes, max_rows, return_stats, backend, need_x, need_weight, need_bias):  # type: ignore[no-untyped-def]  # fmt: skip
     compute, rows = compute_dtype(dtype), x.shape[0]
     at_forward = reduction != "none"
     wide = torch.float32 if dtype == torch.float16 else None
@@ -89,12 +90,13 @@ def _backward_op(
     chunk_bytes: int,
     max_rows: int | None,
     return_stats: bool,
+    backend: str,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rule = Rule(class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    call = Call(rule, reduction, dtype, chunk_bytes, max_rows, return_stats)
+    call = Call(rule, reduction, dtype, chunk_bytes, max_rows, return_stats, backend)
     needs = (need_x, need_weight, need_bias)
     gradients = linear_passes.backward(upstream, x, weight, bias, target, lse, call, needs)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)

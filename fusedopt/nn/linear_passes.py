@@ -38,6 +38,7 @@ class Call(NamedTuple):
     chunk_bytes: int
     max_rows: int | None
     return_stats: bool
+    backend: str
 
 
 class Result(NamedTuple):
@@ -53,9 +54,9 @@ class Result(NamedTuple):
 # --- rows: the backend's kernel, or torch's operations ---
 
 
-def _kernels(logits: Tensor, target: Tensor) -> ModuleType:
+def _kernels(logits: Tensor, target: Tensor, backend: str) -> ModuleType:
     fits = target.dim() == 1 or (target.dtype == logits.dtype and (target.stride(1) == 1 or target.shape[1] == 1))
-    name = backends.for_losses("auto", logits.device, logits.dtype)
+    name = backends.for_losses(backend, logits.device, logits.dtype)
     return backends.module(name) if name and fits else torch_rows
 
 
@@ -63,7 +64,7 @@ def _row_bytes(x: Tensor, classes: int, target: Tensor, call: Call, gathered: bo
     """What one row of a chunk takes: its logits, temporaries, and x in another dtype or gathered, with its gradient."""
     copied = gathered or x.dtype != call.dtype
     probe = torch.empty(1, 1, dtype=call.dtype, device=x.device)
-    fused = _kernels(probe, target) is not torch_rows
+    fused = _kernels(probe, target, call.backend) is not torch_rows
     per_logit = call.dtype.itemsize + (0 if fused else torch_rows.TEMPORARIES * compute_dtype(call.dtype).itemsize)
     return classes * per_logit + 2 * copied * x.shape[1] * call.dtype.itemsize
 
@@ -93,9 +94,11 @@ def _kept(target: Tensor, call: Call) -> Tensor | None:
     return None if keep.shape[0] == target.shape[0] else keep
 
 
-def target_factor(target: Tensor, rule: Rule, classes: int, mean: bool, dtype: torch.dtype) -> float | Tensor:
+def target_factor(
+    target: Tensor, rule: Rule, classes: int, mean: bool, dtype: torch.dtype, backend: str
+) -> float | Tensor:
     """What the sum of the row losses is multiplied by. Checks the targets' range before all else, on the CPU."""
-    name = backends.for_losses("auto", target.device, dtype)
+    name = backends.for_losses(backend, target.device, dtype)
     if name:
         return backends.module(name).target_factor(target, rule, classes, mean)
     if target.device.type == "cpu" and target.dim() == 1:
@@ -115,7 +118,7 @@ def forward(
 ) -> Result:
     """The loss, and for "mean" and "sum" the gradients that are needed."""
     classes, compute = weight.shape[0], compute_dtype(call.dtype)
-    factor = target_factor(target, call.rule, classes, call.reduction == "mean", call.dtype)
+    factor = target_factor(target, call.rule, classes, call.reduction == "mean", call.dtype, call.backend)
     keep = _kept(target, call)
     counting = target if keep is None else target.index_select(0, keep)
     n = counting.shape[0]
@@ -129,7 +132,7 @@ def forward(
         logits = products.logits(rows)
         grad = logits if any(needs) else None
         part = None if stats is None else Stats(*(s[rows] for s in stats))
-        kernels = _kernels(logits, counting)
+        kernels = _kernels(logits, counting, call.backend)
         kernels.cross_entropy_forward(
             logits, counting[rows], call.rule, grad, 1.0 if late else factor, loss[rows], lse[rows], part
         )
@@ -162,7 +165,7 @@ def backward(
     products = Products(x, weight, bias, call.dtype, keep=keep, chunk=chunk, needs=needs)
     for rows in products.chunks():
         logits = products.logits(rows)
-        kernels = _kernels(logits, target)
+        kernels = _kernels(logits, target, call.backend)
         kernels.cross_entropy_backward(logits, target[rows], call.rule, logits, 1.0, upstream[rows], lse[rows])
         products.accumulate(rows, logits)
     return products.gradients()
