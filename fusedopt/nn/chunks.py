@@ -81,12 +81,13 @@ class Products:
         native = device.type == "cpu" and cpu.READY
         self.buffer = cpu.scratch.empty(shape, dtype) if native else torch.empty(shape, dtype=dtype, device=device)
         self.first = True
-        self.dx = self.dw = self.db = None
+        self.dx = self.dw = self.db = self.dw_dtype = None
         if needs[0]:
             self.dx = empty(tuple(x.shape), x.dtype, device) if keep is None else torch.zeros_like(x)
         if needs[1]:
             one_rounding = self.rows <= chunk and weight.dtype == dtype and not wide
-            self.dw = empty(tuple(weight.shape), dtype if one_rounding else _sum_dtype(dtype), device)
+            # made when it is first written: the product of dx, which takes memory of its own, is done by then
+            self.dw_dtype = dtype if one_rounding else _sum_dtype(dtype)
         if needs[2]:
             self.db = torch.zeros(weight.shape[0], dtype=_sum_dtype(dtype), device=device)
 
@@ -111,7 +112,9 @@ class Products:
                 self.dx[rows] = torch.mm(grad, self.weight)
             else:
                 self.dx.index_copy_(0, self.keep[rows], torch.mm(grad, self.weight).to(self.dx.dtype))
-        if self.dw is not None:
+        if self.dw_dtype is not None:
+            if self.first:
+                self.dw = empty(tuple(self.weight.shape), self.dw_dtype, grad.device)
             self._accumulate_weight(grad)
         if self.db is not None:
             if grad.is_cuda:
@@ -136,8 +139,8 @@ class Products:
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of x, weight and bias, in their dtypes unless `wide`; zeros where no row counted."""
-        if self.first and self.dw is not None:
-            self.dw.zero_()
+        if self.first and self.dw_dtype is not None:
+            self.dw = torch.zeros(self.weight.shape, dtype=self.dw_dtype, device=self.weight.device)
         if self.first and self.dx is not None:
             self.dx.zero_()
         if self.wide:
