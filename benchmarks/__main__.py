@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     about = {
         "optim": "optimizer steps",
+        "step": "whole steps: clipping and the update",
         "loss": "cross entropy and mean squared error, forward and backward",
         "linear_loss": "a head and its cross entropy together, forward and backward",
         "host": "host time of a GPU step, without a GPU",

@@ -57,8 +57,19 @@ def _indices(tensor: Tensor) -> Tensor:
     return torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64, device=tensor.device).long()
 
 
-def contender(name: str, build: Build, oracle: Oracle, initial: list[Tensor], gradients: list[Tensor]) -> Contender:
-    """An optimizer over copies of the parameters; the gradients, which nobody changes, are shared."""
+def contender(
+    name: str,
+    build: Build,
+    oracle: Oracle,
+    initial: list[Tensor],
+    gradients: list[Tensor],
+    step: Callable[[Optimizer, list[Tensor]], Any] = lambda optimizer, params: optimizer.step(),
+    factor: Callable[[list[Tensor]], float] = lambda gradients: 1.0,
+) -> Contender:
+    """An optimizer over copies of the parameters; the gradients are shared if nobody changes them.
+
+    `step` is what is timed; `factor` is what it multiplies the gradients by.
+    """
     params = [p.clone() for p in initial]
     for p, g in zip(params, gradients, strict=True):
         p.grad = g
@@ -75,14 +86,15 @@ def contender(name: str, build: Build, oracle: Oracle, initial: list[Tensor], gr
         return found | ({"step": first["step"].to("cpu", copy=True)} if "step" in first else {})
 
     def error() -> float:
-        expected = oracle(sample(params), sample([p.grad for p in params]), states())
-        optimizer.step()
+        grads = [p.grad for p in params]
+        expected = oracle(sample(params), sample(grads) * factor(grads), states())
+        step(optimizer, params)
         got = {"param": sample(params), **states()}
         if "step" in got and float(got.pop("step")) != float(expected.pop("step")):
             return float("inf")
         return max(relative_error(got[key], expected[key], params[0].dtype) for key in got)
 
-    return Contender(name, optimizer.step, error)
+    return Contender(name, partial(step, optimizer, params), error)
 
 
 def case(

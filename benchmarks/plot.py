@@ -31,7 +31,7 @@ def draw(folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
 
-    rows = {suite: store.read(folder / f"{suite}.jsonl") for suite in ("optim", "loss", "linear_loss")}
+    rows = {suite: store.read(folder / f"{suite}.jsonl") for suite in ("optim", "step", "loss", "linear_loss")}
     grouped = report.by_case([row for suite in rows.values() for row in suite])
     titles = {case.name: case.title for suite in rows for case in report.registry(suite)}
     if not grouped:

@@ -19,6 +19,7 @@ from . import (
     cases_loss_gpu,
     cases_optim,
     cases_optim_gpu,
+    cases_step,
     host,
     install,
     store,
@@ -36,6 +37,7 @@ def registry(suite: str, device: str | None = None) -> list[Case]:
     """The cases of a suite, of one device or of all."""
     sources = {
         "optim": (cases_optim, cases_optim_gpu),
+        "step": (cases_step,),
         "loss": (cases_loss, cases_loss_dense, cases_loss_gpu),
         "linear_loss": (cases_linear_loss, cases_linear_loss_gpu),
     }.get(suite, ())

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-SUITES = ("optim", "loss", "linear_loss", "host", "install")
+SUITES = ("optim", "step", "loss", "linear_loss", "host", "install")
 UNITS = {
     "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
     "bytes": "that must move, read and write each counted",

@@ -10,7 +10,7 @@ import torch
 from torch.optim import AdamW
 
 from benchmarks import __main__ as command
-from benchmarks import cases_loss, cases_optim, cases_optim_gpu, machine, report, runner, store
+from benchmarks import cases_loss, cases_optim, cases_optim_gpu, cases_step, machine, report, runner, store
 from fusedopt import optim as fused
 
 KEYS = {
@@ -68,6 +68,12 @@ def test_a_wrong_optimizer_is_marked(cls, wrong):
     rows = measured(cases_optim.case("tiny", "", [(40, 7), (1,), (300,)], torch.float32, 28, oracle, builds))
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     assert verdicts == {"torch default": "ok", "fusedopt": "ok", "stream": "ok", "mistaken": "wrong"}
+
+
+def test_clipping_contenders_agree_with_their_oracle(monkeypatch):
+    monkeypatch.setattr(cases_step, "GPT2_SMALL", [(129, 65), (64,), (1,)])
+    for case in cases_step.cases():
+        assert {row["verdict"] for row in measured(case).values()} == {"ok"}
 
 
 @pytest.mark.parametrize("name", ["rmsprop", "adagrad", "sgd", "lion", "adamw"])

@@ -85,7 +85,9 @@ class Contender:
             )
         optimizer_class, loss = ends(name, args)
         self.loss = loss(self.model, self.teacher, args)
-        self.optimizer = make_optimizer(optimizer_class, self.model, args)
+        # fusedopt clips within the step, stock before it
+        self.clips = {"max_norm": args.max_norm} if name == FUSED and args.max_norm else {}
+        self.optimizer = make_optimizer(optimizer_class, self.model, args, **self.clips)
         self.scheduler = make_scheduler(self.optimizer, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "float16")
 
@@ -121,7 +123,7 @@ class Contender:
                 clock.mark("model")
 
         lr = self.optimizer.param_groups[0]["lr"]
-        if self.args.max_norm:
+        if self.args.max_norm and not self.clips:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_norm)
         self.scaler.step(self.optimizer)
@@ -166,14 +168,14 @@ def ends(name: str, args: argparse.Namespace) -> tuple[type[torch.optim.Optimize
 
 
 def make_optimizer(
-    optimizer_class: type[torch.optim.Optimizer], model: nn.Module, args: argparse.Namespace
+    optimizer_class: type[torch.optim.Optimizer], model: nn.Module, args: argparse.Namespace, **options: Any
 ) -> torch.optim.Optimizer:
     """Matrices decay, vectors (norms, biases) do not; what the command line leaves out is torch's default."""
     given = {name: getattr(args, name) for name in ("weight_decay", "momentum") if getattr(args, name) is not None}
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return optimizer_class([group for group in groups if group["params"]], lr=args.lr, **given)
+    return optimizer_class([group for group in groups if group["params"]], lr=args.lr, **given, **options)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> lr_scheduler.LRScheduler:
