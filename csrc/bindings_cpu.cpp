@@ -322,16 +322,7 @@ PYBIND11_MODULE(_native, m) {
             py::gil_scoped_release release;
             return cpu_sum_squares(grads, threads);
           },
-          "Of the gradients of every active slot on the CPU.")
-      .def(
-          "on_devices",
-          [](const Table& t) {
-            py::list params;
-            for (const Slot& slot : t.slots())
-              if (slot.active && slot.on_device) params.append(py::reinterpret_borrow<py::object>(slot.param.get()));
-            return params;
-          },
-          "The parameters of the active slots that a device steps.");
+          "Of the gradients of every active slot on the CPU.");
 
   py::class_<DevicePlan>(m, "DevicePlan", py::module_local(), "The tables of an optimizer's steps on one device.")
       .def(py::init<>())

@@ -29,8 +29,32 @@ class CudaPlan {
     return launches_->empty() ? 0 : cuda_step_bytes(*launches_, n_groups);
   }
 
+  int64_t chunks() const {
+    int64_t n = 0;
+    for (const DeviceLaunch& launch : *launches_) n += launch.chunks;
+    return n;
+  }
+
   int step(const std::vector<GroupValues>& values, uintptr_t memory, uintptr_t found_inf, uintptr_t grad_scale,
            uintptr_t stream) {
+    return with_tables(values, memory, stream, [&](CudaStepArgs& args) {
+      args.found_inf = reinterpret_cast<const float*>(found_inf);
+      args.grad_scale = reinterpret_cast<const float*>(grad_scale);
+      return cuda_step(args);
+    });
+  }
+
+  int sum_squares(const std::vector<GroupValues>& values, uintptr_t memory, uintptr_t partial, uintptr_t total,
+                  uintptr_t stream) {
+    return with_tables(values, memory, stream, [&](const CudaStepArgs& args) {
+      return cuda_sum_squares(args, reinterpret_cast<double*>(partial), reinterpret_cast<double*>(total));
+    });
+  }
+
+ private:
+  // Run work(args), which sends of the tables what is not up there yet.
+  template <class Work>
+  int with_tables(const std::vector<GroupValues>& values, uintptr_t memory, uintptr_t stream, const Work& work) {
     std::vector<DeviceGroup> groups;
     for (const auto& [hyper, grad_factor, lr, lr_is_double] : values) {
       if (hyper.size() > size_t(kMaxHyper)) throw std::invalid_argument("too many hyperparameters");
@@ -48,18 +72,15 @@ class CudaPlan {
     args.groups_changed =
         args.all_changed || std::memcmp(groups.data(), sent_.data(), groups.size() * sizeof(DeviceGroup)) != 0;
     args.memory = reinterpret_cast<void*>(memory);
-    args.found_inf = reinterpret_cast<const float*>(found_inf);
-    args.grad_scale = reinterpret_cast<const float*>(grad_scale);
     args.device = device_;
     args.stream = reinterpret_cast<void*>(stream);
     memory_ = 0;  // if a launch fails, all goes up again
-    const int launched = cuda_step(args);
+    const int launched = work(args);
     memory_ = memory;
     sent_.swap(groups);
     return launched;
   }
 
- private:
   DevicePlan plan_;
   std::vector<DeviceLaunch>* launches_ = nullptr;
   std::vector<DeviceGroup> sent_;
@@ -201,6 +222,9 @@ void bind_cuda(py::module_& m) {
           },
           "Lay out the active slots on a device; returns the bytes of device memory that step() needs, 0: nothing to "
           "do")
+      .def("chunks", &CudaPlan::chunks, "How many partial sums sum_squares() writes.")
+      .def("sum_squares", &CudaPlan::sum_squares, py::arg("groups"), py::arg("memory"), py::arg("partial"),
+           py::arg("total"), py::arg("stream"), "Of the gradients that lay_out() laid out.")
       .def("step", &CudaPlan::step, py::arg("groups"), py::arg("memory"), py::arg("found_inf"), py::arg("grad_scale"),
            py::arg("stream"), "Launch what lay_out() laid out; returns the number of kernels.");
 }

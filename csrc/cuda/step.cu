@@ -8,6 +8,7 @@
 #include "../rules.h"
 #include "fast_float.h"
 #include "launch.h"
+#include "sums.h"
 
 namespace fusedopt {
 namespace {
@@ -76,6 +77,55 @@ __global__ void prepare(const DeviceRow* rows, int64_t n_rows, const DeviceGroup
     *reinterpret_cast<Derived<Rule, T>*>(derived + r * int64_t(kDerivedBytes)) = {Rule(hyper, step),
                                                                                   T(group.grad_factor / scale)};
   }
+}
+
+// --- measure: the sum of a chunk's squares, in double, as no square overflows there ---
+
+template <class G>
+__global__ __launch_bounds__(kThreads) void sum_squares(const DeviceRow* rows, const void* const* grads,
+                                                        const int32_t* row_of_chunk, int64_t chunks, double* partial) {
+  static_assert(kThreads == kSumThreads);
+  constexpr int kVector = 16 / int(sizeof(G)), kTurns = 4;
+  struct alignas(16) Elements {
+    G e[kVector];
+  };
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const int32_t r = row_of_chunk[chunk];
+    const int64_t begin = (chunk - rows[r].first_chunk) * kChunk, left = rows[r].numel - begin;
+    const int n = int(left < kChunk ? left : kChunk);
+    const G* const grad = static_cast<const G*>(grads[r]) + begin;
+    const int vectors = reinterpret_cast<uintptr_t>(grad) % 16 == 0 ? n / kVector : 0;
+    double sum = 0;
+    const auto add = [&](G e) {
+      const double value = double(load(e));
+      sum += value * value;
+    };
+    for (int first = int(threadIdx.x); first < vectors; first += kTurns * kThreads) {
+      Elements held[kTurns];
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t)
+        if (first + t * kThreads < vectors) {
+          // not streamed: the update reads them again, from the cache where all of them fit
+          const uint4 words = reinterpret_cast<const uint4*>(grad)[first + t * kThreads];
+          memcpy(&held[t], &words, sizeof words);
+        }
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t)
+        if (first + t * kThreads < vectors) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) add(held[t].e[i]);
+        }
+    }
+    for (int i = vectors * kVector + int(threadIdx.x); i < n; i += kThreads) add(grad[i]);
+    sum = across_block(sum);
+    if (threadIdx.x == 0) partial[chunk] = sum;
+    __syncthreads();  // the next chunk's sums come where these were
+  }
+}
+
+__global__ void sum_partials(const double* partial, int64_t n, double* total) {
+  const double sum = block_sum(n, [&](int64_t i) { return partial[i]; });
+  if (threadIdx.x == 0) *total = sum;
 }
 
 // --- update: a persistent grid walks the chunks ---
@@ -345,6 +395,27 @@ class Step {
   int run() {
     const std::vector<DeviceLaunch>& launches = *args_.launches;
     const Layout layout(launches, args_.groups->size());
+    send_tables(layout);
+    for (size_t i = 0; i < launches.size(); ++i) update_all(launches[i], layout.parts[i]);
+    return launched_;
+  }
+
+  int measure(double* partial, double* total) {
+    const std::vector<DeviceLaunch>& launches = *args_.launches;
+    const Layout layout(launches, args_.groups->size());
+    send_tables(layout);
+    int64_t done = 0;
+    for (size_t i = 0; i < launches.size(); ++i) {
+      if (launches[i].chunks) sum_squares_of(launches[i], layout.parts[i], partial + done);
+      done += launches[i].chunks;
+    }
+    count(FUSEDOPT_LAUNCH(sum_partials, dim3(1), dim3(kSumThreads), 0, stream_, partial, done, total), "sum_partials");
+    return launched_;
+  }
+
+ private:
+  void send_tables(const Layout& layout) {
+    const std::vector<DeviceLaunch>& launches = *args_.launches;
     if (args_.all_changed || args_.groups_changed) send(*args_.groups, layout.groups);
     for (size_t i = 0; i < launches.size(); ++i) {
       const DeviceLaunch& l = launches[i];
@@ -358,11 +429,20 @@ class Step {
       }
       if (args_.all_changed || l.grads_changed) send(l.grads, part.grads);
     }
-    for (size_t i = 0; i < launches.size(); ++i) update_all(launches[i], layout.parts[i]);
-    return launched_;
   }
 
- private:
+  void sum_squares_of(const DeviceLaunch& l, const Layout::Part& part, double* partial) {
+    using Kernel = void (*)(const DeviceRow*, const void* const*, const int32_t*, int64_t, double*);
+    const Kernel kernel = l.grad == Dtype::kF32    ? Kernel(sum_squares<float>)
+                          : l.grad == Dtype::kBF16 ? Kernel(sum_squares<bf16>)
+                          : l.grad == Dtype::kF16  ? Kernel(sum_squares<f16>)
+                                                   : Kernel(sum_squares<double>);
+    const int64_t grid = std::min<int64_t>(l.chunks, int64_t(8) * multiprocessors_);
+    count(FUSEDOPT_LAUNCH(kernel, dim3(unsigned(grid)), dim3(kThreads), 0, stream_, at<DeviceRow>(part.rows),
+                          at<const void*>(part.grads), at<int32_t>(part.row_of_chunk), l.chunks, partial),
+          "sum_squares");
+  }
+
   template <class E>
   E* at(size_t offset) const {
     return reinterpret_cast<E*>(static_cast<char*>(args_.memory) + offset);
@@ -435,5 +515,9 @@ size_t cuda_step_bytes(const std::vector<DeviceLaunch>& launches, size_t n_group
 }
 
 int cuda_step(const CudaStepArgs& args) { return Step(args).run(); }
+
+int cuda_sum_squares(const CudaStepArgs& args, double* partial, double* total) {
+  return Step(args).measure(partial, total);
+}
 
 }  // namespace fusedopt

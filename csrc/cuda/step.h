@@ -28,4 +28,8 @@ size_t cuda_step_bytes(const std::vector<DeviceLaunch>& launches, size_t n_group
 // Asynchronous. Returns the number of kernels launched. Throws CudaError.
 int cuda_step(const CudaStepArgs& args);
 
+// *total = the sum of all gradients' squares, in an order that depends on their sizes alone; nothing is updated, but
+// the tables go up. `partial`: a double for each chunk of the launches.
+int cuda_sum_squares(const CudaStepArgs& args, double* partial, double* total);
+
 }  // namespace fusedopt

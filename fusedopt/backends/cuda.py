@@ -153,6 +153,7 @@ class _Tables:
     def __init__(self) -> None:
         self.plan = cpu._native.CudaPlan()
         self.memory: Tensor | None = None
+        self.partial: Tensor | None = None  # sums of squares, one of each chunk
 
 
 class Stepper:
@@ -163,6 +164,7 @@ class Stepper:
         self._by_stream: dict[int, _Tables] = {}
         # A graph replays with the addresses it was captured with, whatever eager steps do in between.
         self._captured: list[_Tables] = []
+        self._measured: _Tables | None = None  # in this capture, by a step that has yet to update
 
     def step(
         self,
@@ -176,23 +178,46 @@ class Stepper:
         `groups` gives each group's hyperparameters, gradient factor, and the address of a learning rate on the device
         (or 0) and whether it is float64.
         """
-        stream = _stream(self.device)
-        if capturing(self.device):
-            tables = _Tables()
-            self._captured.append(tables)
-        else:
-            tables = self._by_stream.setdefault(stream, _Tables())
-        nbytes = tables.plan.lay_out(table, self.device.index or 0, len(groups))
-        if nbytes == 0:
+        tables = self._laid_out(table, len(groups))
+        self._measured = None
+        if tables is None:
             return 0
-        if tables.memory is None or tables.memory.numel() < nbytes:
-            tables.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         scalars = [
             0 if scalar is None else scalar.to(self.device, torch.float32, non_blocking=True)
             for scalar in (found_inf, grad_scale)
         ]
         addresses = [scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars]
-        return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, stream)
+        return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, _stream(self.device))
+
+    def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> Tensor:
+        """() float64 on the device: of the gradients that the next step() takes, in one order whatever the hardware."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        tables = self._laid_out(table, len(groups))
+        if tables is not None:
+            chunks = tables.plan.chunks()
+            if tables.partial is None or tables.partial.numel() < chunks:
+                tables.partial = torch.empty(chunks, dtype=torch.float64, device=self.device)
+            addresses = (t.data_ptr() for t in (tables.memory, tables.partial, total))
+            tables.plan.sum_squares(groups, *addresses, _stream(self.device))
+        if capturing(self.device):
+            self._measured = tables
+        return total
+
+    def _laid_out(self, table: Any, n_groups: int) -> _Tables | None:
+        """The tables of the current stream, or of the graph that is captured on it; None where there is nothing."""
+        if self._measured is not None:
+            tables = self._measured
+        elif capturing(self.device):
+            tables = _Tables()
+            self._captured.append(tables)
+        else:
+            tables = self._by_stream.setdefault(_stream(self.device), _Tables())
+        nbytes = tables.plan.lay_out(table, self.device.index or 0, n_groups)
+        if nbytes == 0:
+            return None
+        if tables.memory is None or tables.memory.numel() < nbytes:
+            tables.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return tables
 
 
 # --- losses: nothing here waits for the device ---

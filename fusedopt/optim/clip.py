@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from fusedopt.backends import cpu
 
 
 class Clip:
@@ -36,14 +32,11 @@ class Clip:
         return torch.zeros((), dtype=torch.int64) if self._skipped is None else self._skipped.clone()
 
     def __call__(
-        self, table: Any, fallback: list[list[Tensor]], found_inf: Tensor | None, scale: Tensor | None
+        self, squares: list[Tensor], found_inf: Tensor | None, scale: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """(found_inf, scale) with the skipped step and the coefficient in them."""
-        squares = [] if table is None else [torch.tensor(cpu.sum_of_squares(table), dtype=torch.float64)]
-        elsewhere = [] if table is None else table.on_devices()
-        squares += _squares([p.grad for tensors in (elsewhere, *fallback) for p in tensors])
+        """(found_inf, scale) with the skipped step and the coefficient in them; `squares`: sums of the gradients'."""
         device = next((s.device for s in squares if s.device.type != "cpu"), torch.device("cpu"))
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        dtype = torch.float64  # a norm whose square is no float32 is a norm
         squares = [s.to(device, dtype, non_blocking=True) for s in squares]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=dtype)
         scale = torch.ones((), dtype=dtype, device=device) if scale is None else scale.to(device, dtype)
@@ -64,8 +57,8 @@ class Clip:
         return found_inf, scale
 
 
-def _squares(grads: list[Tensor]) -> list[Tensor]:
-    """Sums of squares of gradients that no loop of ours measures: on devices, or PyTorch's to step."""
+def squares_by_torch(grads: list[Tensor]) -> list[Tensor]:
+    """Sums of squares of gradients that PyTorch steps."""
     if not grads:
         return []
     grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]

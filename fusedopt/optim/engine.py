@@ -19,7 +19,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from fusedopt import backends
 from fusedopt.backends import cpu, reference
-from fusedopt.optim.clip import Clip
+from fusedopt.optim.clip import Clip, squares_by_torch
 
 
 class Placement(NamedTuple):
@@ -128,7 +128,7 @@ class FusedStep:
                     fallback[group_index].append(param)
 
         if self._clip.on:
-            found_inf, scale = self._clip(self._table, fallback, found_inf, scale)
+            found_inf, scale = self._clip(self._sums_of_squares(fallback), found_inf, scale)
             on_host = _Scaling(found_inf, scale)
         for group, tensors in zip(self.param_groups, fallback, strict=True):
             if tensors and not on_host.skip:
@@ -142,6 +142,16 @@ class FusedStep:
                 cpu.step(self._table, groups)
             # raw writes are invisible to autograd, which would go on with saved tensors that have changed
             torch.autograd.graph.increment_version(self._table.updated())
+
+    def _sums_of_squares(self, fallback: list[list[Tensor]]) -> list[Tensor]:
+        """Of the gradients of this step, where they are."""
+        sums = squares_by_torch([p.grad for tensors in fallback for p in tensors])
+        if self._table is not None:
+            if self._on_cpu:
+                sums.append(torch.tensor(cpu.sum_of_squares(self._table), dtype=torch.float64))
+            for stepper in self._steppers.values():
+                sums.append(stepper.sum_of_squares(self._table, self._device_groups(stepper.device)))
+        return sums
 
     def _rule(self, group: dict[str, Any]) -> str:
         return self.rule + "".join(suffix for key, (suffix, _) in self.options.items() if group[key])
@@ -315,7 +325,7 @@ class FusedStep:
 
     @property
     def grad_norm(self) -> Tensor:
-        """() float32 or float64: the gradients' total norm at the last step, unscaled and before clipping. No sync."""
+        """() float64: the gradients' total norm at the last step, unscaled and before clipping. No sync."""
         return self._clip.norm
 
     @property

@@ -138,6 +138,7 @@ class Stepper:
         self.device = device
         self._by_stream: dict[Any, tuple[Any, DeviceTable]] = {}
         self._captured: list[tuple[Any, DeviceTable]] = []
+        self._measured: tuple[Any, DeviceTable] | None = None  # in this capture, by a step that has yet to update
 
     def step(
         self,
@@ -147,9 +148,29 @@ class Stepper:
         grad_scale: Tensor | None,
     ) -> int:
         """Update the table's active tensors on this device; returns the number of kernels launched."""
+        sent, launches = self._laid_out(table)
+        self._measured = None
+        if not launches:
+            return 0
+        scalars = [
+            None if s is None else s.to(self.device, torch.float32, non_blocking=True) for s in (found_inf, grad_scale)
+        ]
+        return sent.step(launches, _group_words(groups), *scalars)
+
+    def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> Tensor:
+        """() float64 on the device: of the gradients that the next step() takes, in one order whatever the hardware."""
+        sent, launches = self._laid_out(table)
+        if not launches:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return sent.sum_of_squares(launches, _group_words(groups))
+
+    def _laid_out(self, table: Any) -> tuple[DeviceTable, list[Launch]]:
+        """The tables of the current stream, or of the graph that is captured on it."""
         stream = None if self.device.type == "cpu" else torch.get_device_module(self.device).current_stream(self.device)
-        if capturing(self.device):
-            plan, sent = cpu._native.DevicePlan(), new_table(self.device)
+        if self._measured is not None:
+            plan, sent = self._measured
+        elif capturing(self.device):
+            plan, sent = self._measured = cpu._native.DevicePlan(), new_table(self.device)
             self._captured.append((plan, sent))
         else:
             if stream not in self._by_stream:
@@ -166,12 +187,7 @@ class Stepper:
             )
             for rule, dtypes, rows, grads, chunk_rows, changed in plan.lay_out(table, self.device.index or 0)
         ]
-        if not launches:
-            return 0
-        scalars = [
-            None if s is None else s.to(self.device, torch.float32, non_blocking=True) for s in (found_inf, grad_scale)
-        ]
-        return sent.step(launches, _group_words(groups), *scalars)
+        return sent, launches
 
 
 def _words(memory: memoryview, dtype: torch.dtype) -> Tensor:

@@ -166,3 +166,41 @@ def update(
         _walk(param, grad, state, whole, count, part, split, scalars, factor,
               UPDATE, STATES, PARAM, GRAD, STATE, BLOCK // 2, False)
         # fmt: on
+
+
+@triton.jit
+def _sum_squares(grad, first, last, GRAD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of elements [first, last), a lane at a time; in double, as no square overflows there."""
+    grad = _pointer(grad, GRAD, ALIGNED)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(first, last, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        g = tl.load(grad + at, at < last, other=0.0)
+        if tl.float64 != GRAD:
+            g = g.to(tl.float32)
+        g = g.to(tl.float64)
+        total += g * g
+    return total
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def sum_squares(
+    rows,
+    grads,
+    chunks,
+    n_chunks,
+    partial,  # (n_chunks,) float64, written
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    VECTOR: tl.constexpr = 128 // GRAD.primitive_bitwidth
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        row = tl.load(chunks + chunk).to(tl.int64)
+        entry = rows + row * ROW
+        start = (chunk - tl.load(entry + 6)) * CHUNK
+        count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
+        grad = tl.load(grads + row) + start * (GRAD.primitive_bitwidth // 8)
+        whole = tl.multiple_of(tl.where(grad % 16 == 0, count // VECTOR * VECTOR, 0), VECTOR)
+        total = tl.sum(_sum_squares(grad, 0, whole, GRAD, BLOCK, True), 0)
+        total += tl.sum(_sum_squares(grad, whole, count, GRAD, BLOCK // 2, False), 0)
+        tl.store(partial + chunk, total)

@@ -58,6 +58,21 @@ class DeviceTable:
         self._sent: list[Tensor] = []
         self._prepares: list[Callable[..., Any]] = []
         self._updates: list[Callable[..., Any]] = []
+        self._measures: list[tuple[Callable[..., Any], int]] = []  # and how many chunks
+        self._partial: Tensor | None = None
+
+    def sum_of_squares(self, launches: Sequence[Launch], groups: Tensor) -> Tensor:
+        """() float64: of all gradients; two kernels and one of each Launch."""
+        with torch.accelerator.device_index(self._device.index if self._on_gpu else None):
+            self._send(launches, torch.as_tensor(groups))
+            n = sum(chunks for _, chunks in self._measures)
+            if self._partial is None or len(self._partial) != n:
+                self._partial = torch.empty(n, dtype=torch.float64, device=self._device)
+            begin = 0
+            for measure, chunks in self._measures:
+                measure(self._partial[begin : begin + chunks])
+                begin += chunks
+            return self._partial.sum()
 
     def step(
         self,
@@ -113,7 +128,7 @@ class DeviceTable:
         self._words = torch.empty(end, dtype=torch.int64, device=self._device)
         self._no_inf, self._no_scale = self._words[:1].view(torch.float32)[0], self._words[1:2].view(torch.float32)[0]
 
-        self._prepares, self._updates = [], []
+        self._prepares, self._updates, self._measures = [], [], []
         for launch, place, scratch_at in zip(launches, self._places, scratch, strict=True):
             self._bind(launch, *(self._words[at:] for at in (_START, *place, scratch_at)))
 
@@ -152,6 +167,12 @@ class DeviceTable:
             grid = (min(n_chunks * split, programs),)
             # compiled before anything runs: should it fail, no step counter has moved
             kernels.update.warmup(*arguments, self._no_inf, grid=grid, **constants, **compiler)
+            measures = min(n_chunks, 8 * _multiprocessors(self._device))
+            block = 16 // launch.grad.itemsize * THREADS
+            measure = kernels.sum_squares[(measures,)]
+            tables = (rows, grads, chunks.view(torch.int32), n_chunks)
+            bound = functools.partial(measure, *tables, GRAD=_DTYPE[launch.grad], BLOCK=block, **compiler)
+            self._measures.append((bound, n_chunks))
             self._updates.append(functools.partial(kernels.update[grid], *arguments, **constants, **compiler))
 
     def _upload(self, begin: int, parts: list[tuple[int, Any]]) -> None:
