@@ -78,8 +78,8 @@ def check(dtype, *, whole_teacher=False, biased=True, labelled=True, chunk_bytes
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # logits are rounded before, gradients of logits once in between, and each chunk's part of the weight's
     error = 8 * torch.finfo(dtype).eps + (3e-6 if dtype != torch.float64 else 1e-13)
-    # logits are off by half an epsilon of themselves: so are log-probabilities, over the temperature, and the terms of a
-    # gradient, which in some shapes cancel
+    # logits are off by half an epsilon of themselves: so are log-probabilities, over the temperature, and the terms of
+    # a gradient, which in some shapes cancel
     largest = max(F.linear(*exact).abs().max().item(), teacher.abs().max().item()) if shapes else 0.0
     off = torch.finfo(dtype).eps * largest
     rows = 1 if options.get("reduction") == "mean" else x.shape[0]
