@@ -390,3 +390,50 @@ def test_mended_by_the_next_step_after_memory_moved(backend):
     assert torch.equal(old, kept)
     assert not torch.equal(params[0].data, kept)
     assert float(ours.state[new[0]]["step"]) == 1
+
+
+# --- clipping ---
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("shapes", [[(1000,), (5, 7), (70001,)], [(64,)] * 300])
+def test_clips_as_torch_does(case, shapes, backend):
+    ours = case.fused(random_params(shapes), backend=backend, max_norm=0.5, skip_non_finite=True)
+    stock = case.stock(random_params(shapes))
+    for step in range(3):
+        for seed, (p, q) in enumerate(
+            zip(ours.param_groups[0]["params"], stock.param_groups[0]["params"], strict=True)
+        ):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step + seed)).cuda()
+            q.grad = p.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(stock.param_groups[0]["params"], 0.5)
+        ours.step()
+        stock.step()
+        torch.testing.assert_close(ours.grad_norm.float(), norm, rtol=1e-5, atol=0)
+    same_state(ours, stock, ulps=32)
+    before = [p.detach().clone() for p in ours.param_groups[0]["params"]]
+    ours.param_groups[0]["params"][1].grad.view(-1)[3] = torch.inf
+    ours.step()
+    assert int(ours.skipped_steps) == 1
+    assert all(torch.equal(p, q) for p, q in zip(ours.param_groups[0]["params"], before, strict=True))
+
+
+def test_clipping_waits_for_nothing_and_replays(backend):
+    params = random_params([(1000,), (5, 7), (70001,)])
+    optimizer = ADAMW.fused(params, backend=backend, max_norm=0.5, skip_non_finite=True)
+    optimizer.step()
+    with nothing_waits():
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for size in (2.0, 3.0):
+        for p in params:
+            p.grad.fill_(size)
+        graph.replay()
+        assert float(optimizer.grad_norm) == pytest.approx(size * sum(p.numel() for p in params) ** 0.5, rel=1e-6)
+    params[0].grad[5] = torch.nan
+    before = [p.detach().clone() for p in params]
+    graph.replay()
+    assert int(optimizer.skipped_steps) == 1
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
