@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--loss",
         choices=("linear", "logits"),
         help="of fusedopt: linear takes the head in, and the logits are never whole in memory; logits makes them "
-        "first, as stock does (default: linear, where the head is a linear layer and nothing more)",
+        "first, as stock does (default: linear, where the head is a linear layer, scaled or capped or not)",
     )
     add(
         "--inplace-loss",
@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--distill",
         metavar="DIR",
-        help="learn from the model of an earlier run's folder too, on the same text and vocabulary",
+        help="learn from the model of an earlier run's folder too: on the same text, or on any in bytes",
     )
     add("--distill-divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl",
         help="from the teacher's predictions (default: %(default)s)")  # fmt: skip
@@ -290,6 +290,8 @@ def _check_out(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; expected a folder")
+    if args.distill and Path(args.distill).resolve() == out.resolve():
+        raise UsageError(f"--out {out}: is the teacher's folder, which the run would overwrite; choose another --out")
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite: choose one")
     exists = (out / CHECKPOINT).is_file()

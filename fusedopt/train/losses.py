@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fusedopt.nn import CrossEntropyLoss
 from fusedopt.nn.functional import linear_cross_entropy, linear_distillation
 
 from .checkpoint import CHECKPOINT
-from .cli import UsageError
+from .cli import BYTES_VOCAB, UsageError
 from .models import build
 
 # (hidden states (N, H), next tokens (N,), the teacher's hidden states (N, Ht) or None) -> scalar
@@ -28,7 +29,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, H), or (B, T, V) where there is no plain head
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, H), or (B, T, V) where the head is in it
         return self.model.hidden(tokens)
 
 
@@ -39,12 +40,12 @@ def stock_loss(model: nn.Module, teacher: nn.Module | None, args: argparse.Names
         return lambda hidden, targets, _: criterion(model.logits(hidden), targets)
 
     def distilled(hidden: Tensor, targets: Tensor, taught: Tensor | None) -> Tensor:
-        student = model.logits(hidden)
+        student = model.logits(hidden).float()
         with torch.no_grad():
             log_p = (teacher.logits(taught).float() / args.distill_temperature).log_softmax(1)
-        log_q = (student.float() / args.distill_temperature).log_softmax(1)
+        log_q = (student / args.distill_temperature).log_softmax(1)
         soft = _divergence(log_p, log_q, args.distill_divergence) * args.distill_temperature**2
-        return (1 - args.distill_hard) * soft + args.distill_hard * criterion(student.float(), targets)
+        return (1 - args.distill_hard) * soft + args.distill_hard * criterion(student, targets)
 
     return distilled
 
@@ -59,7 +60,7 @@ def _divergence(log_p: Tensor, log_q: Tensor, name: str) -> Tensor:
         return kl(log_p, log_q)
     if name == "reverse_kl":
         return kl(log_q, log_p)
-    log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
 
 
@@ -67,8 +68,6 @@ def fused_loss(model: nn.Module, teacher: nn.Module | None, args: argparse.Names
     """fusedopt's: the head inside the loss where both allow it."""
     head = model.head
     if teacher is not None:
-        if head is None or teacher.head is None:
-            raise UsageError("--distill: this model's head is more than a linear layer; leave out --distill")
         options = {
             "divergence": args.distill_divergence,
             "temperature": args.distill_temperature,
@@ -79,7 +78,9 @@ def fused_loss(model: nn.Module, teacher: nn.Module | None, args: argparse.Names
             teacher_bias=teacher.head.bias, **options,
         )  # fmt: skip
     if head is not None and args.loss == "linear":
-        return lambda hidden, targets, _: linear_cross_entropy(hidden, head.weight, targets, linear_bias=head.bias)
+        return lambda hidden, targets, _: linear_cross_entropy(
+            hidden, head.weight, targets, linear_bias=head.bias, softcap=model.softcap, logit_scale=model.logit_scale
+        )
     criterion = CrossEntropyLoss(inplace=args.inplace_loss)
     return lambda hidden, targets, _: criterion(model.logits(hidden), targets)
 
@@ -93,13 +94,14 @@ def load_teacher(args: argparse.Namespace, vocabulary: str) -> nn.Module:
     path = Path(args.distill) / CHECKPOINT
     state = torch.load(path, map_location="cpu", weights_only=True)
     known = {name.removeprefix("--").replace("-", "_"): value for name, value in state["args"].items()}
-    if state["args"]["the digest of the --data"] != vocabulary:
+    if known["model"] == "pretrained":
+        raise UsageError(f"--distill {args.distill}: is a fine-tuned model; a teacher is a gpt or lstm of this loop")
+    both_bytes = known["vocab_size"] == args.vocab_size == BYTES_VOCAB
+    if not both_bytes and state["args"]["the digest of the --data"] != vocabulary:
         raise UsageError(
             f"--distill {args.distill}: was trained on other text or with another vocabulary, so its tokens mean "
             "something else; give the teacher's --data, --tokenizer and --vocab-size"
         )
-    if known["model"] == "pretrained":
-        raise UsageError(f"--distill {args.distill}: is a fine-tuned model; a teacher is a gpt or lstm of this loop")
     if known["model"] == "gpt" and known["seq_len"] < args.seq_len:
         raise UsageError(
             f"--seq-len {args.seq_len}: the teacher in {args.distill} knows only {known['seq_len']} positions"

@@ -1,7 +1,7 @@
 """The models, from tokens (B, T) to logits (B, T, V): a pre-norm transformer, an LSTM, a pretrained one.
 
-Each stops at its hidden states (B, T, H) if asked, so that a loss may take the head in. A model whose head is more than
-a linear layer has `head` None; its hidden states are its logits.
+Each stops at its hidden states (B, T, H) if asked, so that a loss may take the head in. Where the logits are made in a
+way that no loss can take in, `head` is None and the hidden states are the logits.
 """
 
 from __future__ import annotations
@@ -31,15 +31,22 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """`hidden(tokens)` and `head`, one after the other."""
+    """`hidden(tokens)`, `head`, and what becomes of the logits after it."""
 
     head: nn.Linear | None
+    softcap: float | None = None
+    logit_scale: float = 1.0
 
     def hidden(self, tokens: Tensor) -> Tensor:
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return hidden if self.head is None else self.head(hidden)
+        return hidden if self.head is None else self.scaled(self.head(hidden))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64
         return self.logits(self.hidden(tokens))
@@ -89,17 +96,31 @@ class Pretrained(LanguageModel):
         from transformers import AutoModelForCausalLM  # optional dependency; slow to import
 
         self.causal_lm = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
+        config = self.causal_lm.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        if getattr(config, "logits_scaling", None):  # Granite
+            self.logit_scale = 1 / config.logits_scaling
+        elif isinstance(getattr(config, "logit_scale", None), (int, float)):  # Cohere; MPT's may be a word
+            self.logit_scale = config.logit_scale
         self.plain = self._head_is_plain()
 
     @torch.no_grad()
     def _head_is_plain(self) -> bool:
-        """Whether the logits are a linear layer's of the last hidden states, and nothing more: caps, scales, ..."""
+        """Whether the logits are a linear layer's of the last hidden states, scaled and capped, and nothing more.
+
+        It is tried, on enlarged hidden states: the small logits of a new model hardly show a cap.
+        """
         head, trunk = self.causal_lm.get_output_embeddings(), self.causal_lm.base_model
-        if not isinstance(head, nn.Linear) or trunk is self.causal_lm:
+        if type(head) is not nn.Linear or trunk is self.causal_lm:
             return False
-        tokens = torch.arange(4)[None]
-        by_hand = head(trunk(input_ids=tokens, use_cache=False)[0])
-        return torch.allclose(by_hand, self.causal_lm(input_ids=tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        tokens = {"input_ids": torch.arange(4)[None], "use_cache": False}
+        seen = []
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) or (1e3 * inputs[0],))
+        logits = self.causal_lm(**tokens).logits
+        hook.remove()
+        hidden = trunk(**tokens)[0]
+        pairs = zip([hidden, self.scaled(head(1e3 * hidden))], [*seen, logits], strict=False)
+        return len(seen) == 1 and all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in pairs)
 
     @property
     def head(self) -> nn.Linear | None:

@@ -68,6 +68,9 @@ class Run:
         self.validation = data.validation_batches(args, self.corpus)
         self.names = [STOCK, FUSED] if args.compare else [STOCK] if args.stock else [FUSED]
         self.contenders = [Contender(name, args, world, self.corpus.digest) for name in self.names]
+        if FUSED in self.names and args.loss == "linear" and self.contenders[-1].model.head is None:
+            args.loss = "logits"
+            self.display.line("the model's head is more than a linear layer, a scale and a cap: using --loss logits")
         self.parameters = sum(parameter.numel() for parameter in self.contenders[0].model.parameters())
         self.essential = {flag(name): getattr(args, name) for name in ESSENTIAL}
         self.essential["the digest of the --data"] = self.corpus.digest
