@@ -47,7 +47,8 @@ std::vector<Group> groups_from(const std::vector<std::pair<std::vector<double>, 
 py::list rules() {
   py::list list;
 #define FUSEDOPT_DESCRIBE(R) \
-  list.append(py::make_tuple(R<float>::kName, R<float>::kHyper, R<float>::kStateNames, R<float>::kStates));
+  list.append(               \
+      py::make_tuple(R<float>::kName, R<float>::kHyper, R<float>::kStateNames, R<float>::kStates, R<float>::kSigned));
   namespace isa = fusedopt::FUSEDOPT_ISA;
   using namespace isa;
   FUSEDOPT_RULES(FUSEDOPT_DESCRIBE)
@@ -232,7 +233,10 @@ int clear_table(PyObject* self) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fusedopt's native core: tensors in through DLPack, loops for the CPU, and CUDA kernels where built.";
-  m.def("rules", rules, "(name, hyperparameters, states, number of states) of every rule, in the order of their index");
+  m.def(
+      "rules", rules,
+      "(name, hyperparameters, states, number of states, bit mask of the signed states) of every rule, in the order of "
+      "their index");
   m.def("has_openmp", has_openmp);
   m.def("cpu_isa", [] { return std::string(cpu_isa()); }, "The instruction set in use.");
   m.def(
@@ -279,21 +283,23 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<>())
       .def("__len__", &Table::size)
       .def("gather",
-           [](Table& t, py::handle param_groups, py::handle state, const std::vector<int>& rules) {
-             return checked([&] { return t.gather(param_groups.ptr(), state.ptr(), rules); });
+           [](Table& t, py::handle param_groups, py::handle state, const std::vector<int>& rules, bool averages) {
+             return checked([&] { return t.gather(param_groups.ptr(), state.ptr(), rules, averages); });
            })
       .def(
           "bind",
           [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
-             py::handle step, py::handle owners, bool fresh, bool lasting, bool on_device) {
+             py::handle scales, py::handle master, py::handle ema, py::handle step, py::handle owners, bool fresh,
+             bool lasting, bool on_device) {
             checked([&] {
-              t.bind(i, param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), step.ptr(), owners.ptr(), fresh,
-                     lasting, on_device);
+              t.bind(i, {param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), scales.ptr(), master.ptr(), ema.ptr(),
+                         step.ptr(), owners.ptr(), fresh, lasting, on_device});
               return 0;
             });
           },
-          py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"), py::arg("step"),
-          py::arg("owners"), py::kw_only(), py::arg("fresh"), py::arg("lasting"), py::arg("on_device") = false)
+          py::arg("slot"), py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"),
+          py::arg("scales") = py::tuple(), py::arg("master") = py::none(), py::arg("ema") = py::none(), py::arg("step"),
+          py::arg("owners"), py::arg("fresh"), py::arg("lasting"), py::arg("on_device") = false)
       .def(
           "slot",
           [](const Table& t, int64_t i) {
@@ -305,20 +311,25 @@ PYBIND11_MODULE(_native, m) {
       .def("updated", [](Table& t) { return checked([&] { return py::reinterpret_borrow<py::object>(t.updated()); }); })
       .def(
           "cpu_step",
-          [](Table& t, const std::vector<std::pair<std::vector<double>, double>>& groups, int threads) {
+          [](Table& t, const std::vector<std::pair<std::vector<double>, double>>& groups, int threads,
+             const std::optional<std::tuple<double, bool, uint64_t>>& choice) {
             const std::vector<Group> group_values = groups_from(groups);
-            const std::vector<Launch> launches = t.launches(group_values, threads);
+            Precision precision{};
+            if (choice) std::tie(precision.ema_weight, precision.stochastic, precision.seed) = *choice;
+            const std::vector<Launch> launches = t.launches(group_values, threads, choice ? &precision : nullptr);
             py::gil_scoped_release release;
             for (const Launch& launch : launches) cpu_step(launch);
             return launches.size();
           },
-          "One step of every active slot; returns the number of launches.")
+          py::arg("groups"), py::arg("threads"), py::arg("precision") = std::nullopt,
+          "One step of every active slot; returns the number of launches. `precision`: see step.h.")
       .def(
           "cpu_sum_squares",
           [](const Table& t, int threads) {
             std::vector<Array> grads;
             for (const Slot& slot : t.slots())
-              if (slot.active && !slot.on_device) grads.push_back({slot.grad, slot.grad_dtype, slot.layout.numel});
+              if (slot.active && slot.grad && !slot.on_device)
+                grads.push_back({slot.grad, slot.grad_dtype, slot.layout.numel});
             py::gil_scoped_release release;
             return cpu_sum_squares(grads, threads);
           },

@@ -19,6 +19,7 @@ struct DeviceRow {
   int64_t numel;
   int64_t first_chunk;
   int64_t group;
+  Extras extras;
 };
 
 struct DeviceGroup {

@@ -46,9 +46,16 @@ bool is_negated(PyObject* tensor) {
   return result.get() == Py_True;
 }
 
+// Never null: that stands for no gradient, and an empty tensor's memory may be there.
+const void* address(const dlpack::Tensor& tensor) {
+  static const char nothing = 0;
+  return tensor.data ? tensor.data : &nothing;
+}
+
 }  // namespace
 
-std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, const std::vector<int>& rules) {
+std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, const std::vector<int>& rules,
+                                   bool averages) {
   static PyObject* const params_key = interned("params");
   notice_replaced_state(state);
   std::vector<int64_t> attention;
@@ -78,7 +85,7 @@ std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, cons
       }
       slot.active = false;
       const Ref grad = grad_of(param);
-      if (grad.get() == Py_None) continue;
+      if (grad.get() == Py_None && !averages) continue;
       if (refresh(slot, grad.get()))
         slot.active = true;
       else {
@@ -96,14 +103,17 @@ std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, cons
 bool Table::refresh(Slot& slot, PyObject* grad) {
   if (!slot.ready || !state_unchanged(slot)) return false;
   dlpack::Tensor p, g;
-  if (!read_tensor(slot.param.get(), &p) || !read_tensor(grad, &g)) return false;
-  if (!(p.device == slot.device) || !(g.device == slot.device)) return false;
-  if (dtype_of(p.dtype) != slot.dtype || dtype_of(g.dtype) != slot.grad_dtype) return false;
-  if (!slot.layout.same(p) || !slot.layout.same(g)) return false;
-  if (slot.layout.numel == 1 && is_negated(grad)) return false;
+  const auto same = [&](PyObject* tensor, dlpack::Tensor& t, Dtype dtype) {
+    return read_tensor(tensor, &t) && t.device == slot.device && dtype_of(t.dtype) == dtype && slot.layout.same(t);
+  };
+  if (!same(slot.param.get(), p, slot.dtype)) return false;
+  if (grad != Py_None) {
+    if (slot.idle || !same(grad, g, slot.grad_dtype)) return false;
+    if (slot.layout.numel == 1 && is_negated(grad)) return false;
+  }
   moved_ |= p.data != slot.data;
   slot.data = p.data;
-  slot.grad = g.data;
+  slot.grad = grad == Py_None ? nullptr : address(g);
   return true;
 }
 
@@ -145,48 +155,77 @@ void Table::notice_replaced_state(PyObject* state) {
   }
 }
 
-void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
-                 PyObject* owners, bool fresh, bool lasting, bool on_device) {
+void Table::bind(int64_t i, const Binding& b) {
   Slot& slot = slots_.at(size_t(i));
   dlpack::Tensor p;
   const auto read = [&](PyObject* object, const char* what) {
     dlpack::Tensor t;
     if (!read_tensor(object, &t)) throw std::invalid_argument(std::string(what) + " has no memory that can be read");
-    if (object != param && !(t.device == p.device))
+    if (object != b.param && !(t.device == p.device))
       throw std::invalid_argument(std::string(what) + " is on another device than its parameter");
     return t;
   };
-  p = read(param, "the parameter");
-  if (!on_device && p.device.type != dlpack::kCPU) throw std::invalid_argument("the parameter is not on the CPU");
-  const dlpack::Tensor g = read(grad, "the gradient");
+  p = read(b.param, "the parameter");
+  if (!b.on_device && p.device.type != dlpack::kCPU) throw std::invalid_argument("the parameter is not on the CPU");
   Layout layout(p);
   if (!is_dense(p)) throw std::invalid_argument("the parameter is not dense");
-  if (!layout.same(g)) throw std::invalid_argument("the gradient's shape or strides differ from the parameter's");
-  const Py_ssize_t n_states = PyTuple_Size(states);
-  if (n_states < 0) throw PythonError();
+  const auto alike = [&](PyObject* object, const char* what) {
+    const dlpack::Tensor t = read(object, what);
+    if (!layout.same(t))
+      throw std::invalid_argument(std::string(what) + "'s shape or strides differ from the parameter's");
+    return t;
+  };
+  const bool idle = b.grad == Py_None;
+  const dlpack::Tensor g = idle ? p : alike(b.grad, "the gradient");
+  const Py_ssize_t n_states = PyTuple_Size(b.states), n_scales = PyTuple_Size(b.scales);
+  if (n_states < 0 || n_scales < 0) throw PythonError();
   if (n_states > kMaxStates) throw std::invalid_argument("too many states");
+  if (n_scales && n_scales != n_states) throw std::invalid_argument("not as many scales as states");
   void* pointers[kMaxStates]{};
   Dtype state_dtype = dtype_of(p.dtype);
   for (Py_ssize_t s = 0; s < n_states; ++s) {
-    const dlpack::Tensor t = read(PyTuple_GET_ITEM(states, s), "a state");
-    if (!layout.same(t)) throw std::invalid_argument("a state's shape or strides differ from the parameter's");
-    if (s > 0 && dtype_of(t.dtype) != state_dtype) throw std::invalid_argument("states of different dtypes");
-    state_dtype = dtype_of(t.dtype);
+    const dlpack::Tensor t = alike(PyTuple_GET_ITEM(b.states, s), "a state");
+    const Dtype dtype = n_scales ? Dtype::kCode : dtype_of(t.dtype);
+    if (dtype == Dtype::kCode && t.dtype.bits != 8) throw std::invalid_argument("codes that are not of 8 bits");
+    if (s > 0 && dtype != state_dtype) throw std::invalid_argument("states of different dtypes");
+    state_dtype = dtype;
     pointers[s] = t.data;
+  }
+  Extras extras{};
+  extras.index = i;
+  for (Py_ssize_t s = 0; s < n_scales; ++s) {
+    const dlpack::Tensor t = read(PyTuple_GET_ITEM(b.scales, s), "a state's scales");
+    if (dtype_of(t.dtype) != Dtype::kF32 || Layout(t).numel != (layout.numel + kCodeBlock - 1) / kCodeBlock)
+      throw std::invalid_argument("a state's scales are not a float32 for each block of its codes");
+    extras.scale[s] = static_cast<float*>(t.data);
+  }
+  if (b.master != Py_None) {
+    const dlpack::Tensor t = alike(b.master, "the master weight");
+    const bool fits = dtype_of(p.dtype) == Dtype::kBF16 ? t.dtype.code == dlpack::kInt && t.dtype.bits == 16
+                                                        : dtype_of(t.dtype) == Dtype::kF32;
+    if (!fits) throw std::invalid_argument("the master weight has a dtype that does not fit the parameter");
+    extras.master = t.data;
+  }
+  if (b.ema != Py_None) {
+    const dlpack::Tensor t = alike(b.ema, "the average");
+    if (dtype_of(t.dtype) != (dtype_of(p.dtype) == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32))
+      throw std::invalid_argument("the average has a dtype that does not fit the parameter");
+    extras.ema = t.data;
   }
   void* counter = nullptr;
   bool counter_is_double = false;
-  if (step != Py_None) {
-    const dlpack::Tensor t = read(step, "the step counter");
+  if (b.step != Py_None) {
+    const dlpack::Tensor t = read(b.step, "the step counter");
     const Dtype dtype = dtype_of(t.dtype);
-    if (Layout(t).numel != 1 || (dtype != Dtype::kF32 && (on_device || dtype != Dtype::kF64)))
+    if (Layout(t).numel != 1 || (dtype != Dtype::kF32 && (b.on_device || dtype != Dtype::kF64)))
       throw std::invalid_argument("the step counter is not a float scalar");
     counter = t.data;
     counter_is_double = dtype == Dtype::kF64;
   }
 
-  slot.state_dict = Ref::borrow(state_dict == Py_None ? nullptr : state_dict);
-  slot.owners = Ref::borrow(owners);
+  bool lasting = b.lasting;
+  slot.state_dict = Ref::borrow(b.state_dict == Py_None ? nullptr : b.state_dict);
+  slot.owners = Ref::borrow(b.owners);
   slot.n_items = 0;
   if (PyObject* dict = slot.state_dict.get()) {
     lasting &= PyDict_GET_SIZE(dict) <= Slot::kMaxItems;
@@ -195,19 +234,21 @@ void Table::bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dic
     while (lasting && PyDict_Next(dict, &position, &key, &value))
       slot.state_items[slot.n_items++] = {Ref::borrow(key), Ref::borrow(value)};
   }
-  slot.fresh = fresh || (slot.fresh && pointers[0] == slot.states[0]);
+  slot.fresh = b.fresh || (slot.fresh && pointers[0] == slot.states[0]);
   slot.layout = std::move(layout);
   slot.dtype = dtype_of(p.dtype);
   slot.grad_dtype = dtype_of(g.dtype);
   slot.state_dtype = state_dtype;
   slot.data = p.data;
-  slot.grad = g.data;
+  slot.grad = idle ? nullptr : address(g);
+  slot.idle = idle;
+  slot.extras = extras;
   std::copy(pointers, pointers + kMaxStates, slot.states);
   slot.n_states = int(n_states);
   slot.step = counter;
   slot.step_is_double = counter_is_double;
   slot.device = p.device;
-  slot.on_device = on_device;
+  slot.on_device = b.on_device;
   slot.ready = lasting;
   slot.active = true;
   moved_ = true;
@@ -218,7 +259,7 @@ PyObject* Table::updated() {
   Ref list = Ref::steal(PyList_New(0));
   if (!list.get()) throw PythonError();
   for (const Slot& slot : slots_)
-    if (slot.active && PyList_Append(list.get(), slot.param.get()) != 0) throw PythonError();
+    if (slot.active && slot.grad && PyList_Append(list.get(), slot.param.get()) != 0) throw PythonError();
   updated_ = std::move(list);
   return updated_.get();
 }

@@ -18,7 +18,7 @@ namespace fusedopt {
 // Everything known of one parameter of an optimizer.
 struct Slot {
   Ref param, state_dict, owners;
-  static constexpr int kMaxItems = 8;
+  static constexpr int kMaxItems = 12;
   std::pair<Ref, Ref> state_items[kMaxItems];  // the dict as it was when bound
   int n_items = 0;
   int32_t group = 0;
@@ -29,33 +29,47 @@ struct Slot {
 
   bool ready = false;   // bound, and only pointers can have changed since: checked natively
   bool active = false;  // takes part in this step
+  bool idle = false;    // bound without a gradient, for its average alone
   bool fresh = false;   // has a state buffer but no step counter, and has not stepped
-  bool was_active = false;
-  int wave = 0;  // tensors that share memory step one after the other
+  int was = 0;          // in the last step: active, and with a gradient
+  int wave = 0;         // tensors that share memory step one after the other
 
   Layout layout;
   Dtype dtype{}, grad_dtype{}, state_dtype{};
   void* data = nullptr;
-  const void* grad = nullptr;
+  const void* grad = nullptr;  // null: has none
   void* states[kMaxStates]{};
   int n_states = 0;
   void* step = nullptr;  // float or double; float if on_device
   bool step_is_double = false;
+  Extras extras{};
+};
+
+// Tensors of a slot, as Python gives them.
+struct Binding {
+  PyObject* param;       // the parameter or a real view of it
+  PyObject* grad;        // of its layout; None: the average alone moves
+  PyObject* state_dict;  // the optimizer's entry, or None
+  PyObject* states;      // tuple of the rule's tensors in it, or views of them
+  PyObject* scales;      // tuple of their codes' scales, empty where they are not codes
+  PyObject* master;      // or None
+  PyObject* ema;         // or None
+  PyObject* step;        // scalar tensor, or None: then `fresh` says whether this is the first step
+  PyObject* owners;      // kept as long as the pointers are
+  bool fresh;
+  bool lasting;    // all are the optimizer's own objects, so that the next gather may check natively
+  bool on_device;  // see Slot
 };
 
 class Table {
  public:
   // Walk param_groups; rules[i] is the rule of group i. Returns the slots that Python must look at: they have a
-  // gradient but are new, or changed in more than a pointer. Slots without a gradient sleep.
-  std::vector<int64_t> gather(PyObject* param_groups, PyObject* state, const std::vector<int>& rules);
+  // gradient but are new, or changed in more than a pointer. Slots without a gradient sleep, unless `averages`: then
+  // they take part for their averages.
+  std::vector<int64_t> gather(PyObject* param_groups, PyObject* state, const std::vector<int>& rules, bool averages);
 
-  // Take slot i into this step. `param` is the parameter or a real view of it, `grad` has its layout, `state_dict` is
-  // the optimizer's entry (or None), `states` the rule's tensors in it or views of them, `step` a scalar tensor or None
-  // (then `fresh` says whether this is the first step). `on_device`: see Slot. `lasting`: all are the optimizer's own
-  // objects, so that the next gather may check natively. `owners` is kept as long as the pointers are. Throws
-  // std::invalid_argument, with nothing changed, where a tensor does not fit.
-  void bind(int64_t i, PyObject* param, PyObject* grad, PyObject* state_dict, PyObject* states, PyObject* step,
-            PyObject* owners, bool fresh, bool lasting, bool on_device);
+  // Take slot i into this step. Throws std::invalid_argument, with nothing changed, where a tensor does not fit.
+  void bind(int64_t i, const Binding& binding);
 
   // Work out in which waves the active slots step. Returns a number that changes when anything but a gradient's address
   // did.
@@ -63,9 +77,9 @@ class Table {
 
   // Advance the step counters and lay out the active slots that are not on_device, grouped by rule and dtypes, in as
   // many launches as needed.
-  std::vector<Launch> launches(const std::vector<Group>& groups, int threads);
+  std::vector<Launch> launches(const std::vector<Group>& groups, int threads, const Precision* precision);
 
-  PyObject* updated();  // list of the active slots' parameters; borrowed
+  PyObject* updated();  // list of the parameters that have a gradient; borrowed
   std::vector<bool> active() const;
   int64_t size() const { return int64_t(slots_.size()); }
   const Slot& slot(int64_t i) const { return slots_.at(size_t(i)); }

@@ -22,8 +22,9 @@ void sort_into_launches(std::vector<S*>& order) {
 uint64_t Table::settle() {
   bool changed = moved_;
   for (Slot& slot : slots_) {
-    changed |= slot.active != slot.was_active;
-    slot.was_active = slot.active;
+    const int now = slot.active ? 1 + (slot.grad != nullptr) : 0;
+    changed |= now != slot.was;
+    slot.was = now;
   }
   if (!changed) return version_;
   moved_ = false;
@@ -56,7 +57,7 @@ uint64_t Table::settle() {
   return version_;
 }
 
-std::vector<Launch> Table::launches(const std::vector<Group>& groups, int threads) {
+std::vector<Launch> Table::launches(const std::vector<Group>& groups, int threads, const Precision* precision) {
   settle();
   std::vector<Slot*> order;
   order.reserve(slots_.size());
@@ -70,14 +71,14 @@ std::vector<Launch> Table::launches(const std::vector<Group>& groups, int thread
   for (size_t i = 0; i < order.size(); ++i) {
     Slot& slot = *order[i];
     if (i == 0 || launch_key(*order[i - 1]) != launch_key(slot))
-      launches.push_back(
-          {slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, rows_.data() + i, 0, groups.data(), threads});
+      launches.push_back({slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, rows_.data() + i, 0, groups.data(),
+                          threads, precision});
     ++launches.back().n_rows;
     double step = slot.fresh ? 1 : 2;
-    if (slot.step)
+    if (slot.step && slot.grad)
       step = slot.step_is_double ? (*static_cast<double*>(slot.step) += 1) : (*static_cast<float*>(slot.step) += 1);
-    slot.fresh = false;
-    Row row{slot.data, slot.grad, {}, slot.layout.numel, step, slot.group};
+    if (slot.grad) slot.fresh = false;
+    Row row{slot.data, slot.grad, {}, slot.layout.numel, step, slot.group, slot.extras};
     std::copy(slot.states, slot.states + kMaxStates, row.state);
     rows_.push_back(row);
   }
@@ -113,7 +114,8 @@ std::vector<DeviceLaunch>& DevicePlan::lay_out(Table& table, int32_t device) {
       slots_.emplace_back();
     }
     DeviceLaunch& launch = launches_.back();
-    DeviceRow row{slot.data, {}, static_cast<float*>(slot.step), slot.layout.numel, launch.chunks, int64_t(slot.group)};
+    DeviceRow row{slot.data,           {},         static_cast<float*>(slot.step), slot.layout.numel, launch.chunks,
+                  int64_t(slot.group), slot.extras};
     std::copy(slot.states, slot.states + kMaxStates, row.state);
     launch.rows.push_back(row);
     launch.grads.push_back(slot.grad);

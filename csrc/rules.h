@@ -2,6 +2,7 @@
 //
 //   Hyper       what a parameter group says, in the order that Python and Triton repeat
 //   names       of the rule, its hyperparameters and its states (a test compares them with Python's)
+//   kSigned     bit k: state k takes either sign
 //   Rule(h, t)  once per tensor: scalars derived in double, then cast to T; t counts this tensor's steps from 1
 //   operator()  once per element: parameter, gradient, states
 //
@@ -48,6 +49,7 @@ struct AdamRule {
       kDecoupled ? (kAmsgrad ? "adamw_amsgrad" : "adamw") : (kAmsgrad ? "adam_amsgrad" : "adam");
   static constexpr const char* kStateNames = kAmsgrad ? "exp_avg, exp_avg_sq, max_exp_avg_sq" : "exp_avg, exp_avg_sq";
   static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr unsigned kSigned = 0b001;
 
   Lerp<T> first_moment;
   T decay, l2, beta2, one_minus_beta2, step_size, inv_sqrt_correction2, eps;
@@ -93,6 +95,7 @@ struct RMSpropRule {
       kCentered ? (kMomentum ? "square_avg, grad_avg, momentum_buffer" : "square_avg, grad_avg")
                 : (kMomentum ? "square_avg, momentum_buffer" : "square_avg");
   static constexpr int kStates = 1 + kCentered + kMomentum;
+  static constexpr unsigned kSigned = 0b110;
 
   Lerp<T> mean;
   T lr, alpha, one_minus_alpha, eps, l2, momentum;
@@ -146,6 +149,7 @@ struct AdagradRule {
   static constexpr const char* kName = "adagrad";
   static constexpr const char* kStateNames = "sum";
   static constexpr int kStates = 1;
+  static constexpr unsigned kSigned = 0;
 
   T step_size, eps, l2;
 
@@ -169,6 +173,7 @@ struct SGDRule {
   static constexpr const char* kName = kMomentum ? "sgd_momentum" : "sgd";
   static constexpr const char* kStateNames = kMomentum ? "momentum_buffer" : "";
   static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr unsigned kSigned = 1;
 
   T lr, l2, momentum, keep, take, nesterov;
 
@@ -199,6 +204,7 @@ struct LionRule {
   static constexpr const char* kName = "lion";
   static constexpr const char* kStateNames = "exp_avg";
   static constexpr int kStates = 1;
+  static constexpr unsigned kSigned = 1;
 
   Lerp<T> blend, average;
   T lr, decay;

@@ -7,16 +7,35 @@ namespace fusedopt {
 inline constexpr int kMaxStates = 3;
 inline constexpr int kMaxHyper = 8;
 
-enum class Dtype : int8_t { kF64, kF32, kBF16, kF16, kOther };
+// kCode: states as 8-bit codes, a float32 scale for each kCodeBlock of them; see precision.h.
+enum class Dtype : int8_t { kF64, kF32, kBF16, kF16, kCode, kOther };
+
+inline constexpr int64_t kCodeBlock = 256;
+
+// What is kept of a tensor beside the states of its rule, each null where it is not kept.
+struct Extras {
+  float* scale[kMaxStates];  // of the states' codes
+  void* master;              // of a bf16 parameter: the int16 that it lacks of a float32; of f16: a float32
+  void* ema;                 // the average, in the compute type
+  int64_t index;             // of the parameter in its optimizer: tells its random bits from others'
+};
 
 // One tensor of a step. `numel` elements lie densely behind each pointer, in the same order.
 struct Row {
   void* param;
-  const void* grad;
+  const void* grad;  // null: the average moves, nothing else does
   void* state[kMaxStates];
   int64_t numel;
   double step;  // already advanced: 1 at a tensor's first step
   int32_t group;
+  Extras extras;
+};
+
+// How a step rounds and averages, beyond storing to the nearest.
+struct Precision {
+  double ema_weight;  // of the new weights
+  bool stochastic;    // bf16 parameters without a master, and bf16 states
+  uint64_t seed;
 };
 
 // One parameter group, as its rule reads it.
@@ -33,6 +52,7 @@ struct Launch {
   int64_t n_rows;
   const Group* groups;
   int threads;
+  const Precision* precision;  // null: a plain step, without extras and codes
 };
 
 }  // namespace fusedopt

@@ -35,6 +35,8 @@ int64_t size_of(Dtype dtype) {
       return 8;
     case Dtype::kF32:
       return 4;
+    case Dtype::kCode:
+      return 1;
     default:
       return 2;
   }
@@ -48,12 +50,12 @@ Dtype dtype_of(const dlpack::DataType& type) {
 }
 
 const char* name_of(Dtype dtype) {
-  static constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "other"};
+  static constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "8bit", "other"};
   return kNames[int(dtype)];
 }
 
 Dtype dtype_named(const std::string& name) {
-  for (Dtype dtype : {Dtype::kF64, Dtype::kF32, Dtype::kBF16, Dtype::kF16})
+  for (Dtype dtype : {Dtype::kF64, Dtype::kF32, Dtype::kBF16, Dtype::kF16, Dtype::kCode})
     if (name == name_of(dtype)) return dtype;
   return Dtype::kOther;
 }

@@ -52,7 +52,7 @@ def rule_names(cls):
 def test_rules_agree_between_cpp_and_python():
     native = {
         name: (hyper.split(", "), [s for s in states.split(", ") if s], n)
-        for name, hyper, states, n in cpu._native.rules()
+        for name, hyper, states, n, _ in cpu._native.rules()
     }
     python = {}
     for cls in classes():

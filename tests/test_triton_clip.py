@@ -55,7 +55,7 @@ def test_clipping_as_on_the_cpu(case, dtypes, monkeypatch):
 def test_compiles_to_wide_loads(monkeypatch, tmp_path, target, dtypes):
     pretend(monkeypatch, target, table)
     dtype, grad = DTYPES[dtypes]
-    words = torch.zeros(3, 8, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    words = torch.zeros(3, 14, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     launch = backend.Launch("sgd", dtype, grad, dtype, *words, torch.zeros(5, dtype=torch.int32), True)
     backend.new_table(torch.device("cpu")).sum_of_squares([launch], torch.zeros(1, 11, dtype=torch.int64))
     (made,) = compiled(kernels.sum_squares, target)

@@ -37,7 +37,7 @@ def elsewhere(monkeypatch):
 
 def launch(rule, dtypes, rows=3, chunks=5):
     dtype, grad_dtype = DTYPES[dtypes]
-    words = torch.zeros(rows, 8, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    words = torch.zeros(rows, 14, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     return backend.Launch(rule, dtype, grad_dtype, dtype, *words, torch.zeros(chunks, dtype=torch.int32), True)
 
 

@@ -71,7 +71,7 @@ class ByHand:
                 held.append(grad)
                 states = [t.data_ptr() for key, t in self.state[p].items() if key != "step"]
                 pointers = [p.data_ptr(), *states, *[0] * (3 - len(states)), self.counters[p].data_ptr()]
-                rows.append([*pointers, p.numel(), first[len(rows)], g])
+                rows.append([*pointers, p.numel(), first[len(rows)], g, *[0] * 6])
                 grads.append(grad.data_ptr())
                 numels.append(p.numel())
         some = self.param_groups[0]["params"][0]
@@ -80,7 +80,7 @@ class ByHand:
             some.dtype,
             held[0].dtype,
             some.dtype,
-            torch.tensor(rows).view(-1, 8),
+            torch.tensor(rows).view(-1, 14),
             torch.tensor(grads),
             chunks,
             self.changed,

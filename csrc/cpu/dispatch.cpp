@@ -72,8 +72,9 @@ std::vector<Span> cut(const Launch& launch, int64_t span_size) {
     filled += kRowCost;
     int64_t done = 0;
     while (numel - done >= span_size - filled && numel > done) {
-      // multiples of 64 elements, so that no two threads write one cache line of an aligned tensor
-      const int64_t take = std::min(numel - done, std::max<int64_t>((span_size - filled) & ~int64_t(63), 64));
+      // whole blocks of codes, which are whole cache lines of an aligned tensor: no two threads write one
+      const int64_t take =
+          std::min(numel - done, std::max<int64_t>((span_size - filled) & ~(kCodeBlock - 1), kCodeBlock));
       done += take;
       span.last_row = r;
       span.end = done;

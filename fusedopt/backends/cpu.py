@@ -74,13 +74,16 @@ def new_table() -> Any:
 
 
 @functools.cache
-def rules() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]]:
-    """rule name -> (index, hyperparameters in order, states in order), as the native library has them."""
+def rules() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...], int]]:
+    """rule name -> (index, hyperparameters, states, bit mask of the signed states), as the native library has them."""
 
     def split(names: str) -> tuple[str, ...]:
         return tuple(n.strip() for n in names.split(",") if n.strip())
 
-    return {name: (i, split(hyper), split(states)) for i, (name, hyper, states, _) in enumerate(_native.rules())}
+    return {
+        name: (i, split(hyper), split(states), signed)
+        for i, (name, hyper, states, _, signed) in enumerate(_native.rules())
+    }
 
 
 @functools.cache

@@ -120,7 +120,7 @@ class FusedStep:
                 tensors.extend(p for p in group["params"] if p.grad is not None)
         else:
             rules = [cpu.rules()[self._rule(group)][0] for group in self.param_groups]
-            for slot in self._table.gather(self.param_groups, self.state, rules):
+            for slot in self._table.gather(self.param_groups, self.state, rules, False):
                 param, group_index = self._table.slot(slot)
                 try:
                     held += self._admit(slot, param, self.param_groups[group_index], rules[group_index])
@@ -256,12 +256,12 @@ class FusedStep:
         try:
             self._table.bind(
                 slot,
-                param,
-                grad,
-                state,
-                tuple(states),
-                counter,
-                owners,
+                param=param,
+                grad=grad,
+                state_dict=state,
+                states=tuple(states),
+                step=counter,
+                owners=owners,
                 fresh=bool(made),
                 lasting=lasting,
                 on_device=backend is not cpu,

@@ -77,7 +77,7 @@ class Launch(NamedTuple):
     param: torch.dtype
     grad: torch.dtype
     state: torch.dtype
-    rows: Any  # (n_rows, 8) int64
+    rows: Any  # (n_rows, 14) int64
     grads: Any  # (n_rows,) int64
     chunk_rows: Any  # (n_chunks,) int32
     changed: bool  # any of the three, since the table's last step
@@ -180,7 +180,7 @@ class Stepper:
             Launch(
                 _name_of(rule),
                 *(getattr(torch, dtype) for dtype in dtypes),
-                _words(rows, torch.int64).view(-1, 8),
+                _words(rows, torch.int64).view(-1, 14),
                 _words(grads, torch.int64),
                 _words(chunk_rows, torch.int32),
                 changed,

@@ -2,7 +2,8 @@
 
 What they read, in 64-bit words (csrc/step.h):
 
-    rows    (n_rows, 8)   param, state0, state1, state2, step counter, numel, first chunk, group
+    rows    (n_rows, 14)  param, state0, state1, state2, step counter, numel, first chunk, group, scale0, scale1,
+                          scale2, master, ema, index
     grads   (n_rows,)     pointers
     chunks  (n_chunks,)   int32: the row that a chunk of CHUNK elements belongs to
     groups  (n, 11)       hyper[8] and the gradient's factor (float64 bits), lr pointer, lr is float64
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 CHUNK = tl.constexpr(16384)
-ROW = tl.constexpr(8)
+ROW = tl.constexpr(14)
 GROUP = tl.constexpr(11)
 
 

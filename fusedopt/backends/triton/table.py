@@ -115,7 +115,7 @@ class DeviceTable:
         end = _START + groups.numel()
         for launch in launches:
             place = []
-            for words in (8 * len(launch.rows), len(launch.grads), -(-len(launch.chunk_rows) // 2)):
+            for words in (14 * len(launch.rows), len(launch.grads), -(-len(launch.chunk_rows) // 2)):
                 end += end % 2  # 16-byte alignment, for every table alike: Triton compiles anew for another
                 place.append(end)
                 end += words

@@ -1,0 +1,249 @@
+// Steps at a precision of the user's choice: states in other types than the parameter, codes, masters, stochastic
+// rounding, averages. A block of elements at a time, as floats in the first-level cache, so that no combination of
+// types needs a loop of its own; what is float in memory is worked on where it lies.
+#include "../precision.h"
+#include "update.h"
+
+namespace fusedopt::FUSEDOPT_ISA {
+namespace {
+
+constexpr int kBlock = int(kCodeBlock);
+
+// Random bits of a block's elements, from the block's first.
+struct Noise {
+  uint16_t bits[kBlock];
+
+  void draw(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin) {
+    constexpr int kCalls = kBlock / 8;
+    uint32_t words[4][kCalls];
+    FUSEDOPT_IVDEP
+    for (int i = 0; i < kCalls; ++i) {
+      const Random4 random = philox(precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index), tensor,
+                                    uint64_t(begin / 8 + i));
+      words[0][i] = random.word[0];
+      words[1][i] = random.word[1];
+      words[2][i] = random.word[2];
+      words[3][i] = random.word[3];
+    }
+    for (int i = 0; i < kCalls; ++i)
+      for (int e = 0; e < 8; ++e) bits[8 * i + e] = uint16_t(words[e / 2][i] >> (16 * (e % 2)));
+  }
+};
+
+template <class E>
+void widen(const E* from, int n, float* to) {
+  FUSEDOPT_IVDEP
+  for (int i = 0; i < n; ++i) to[i] = load(from[i]);
+}
+
+template <class E>
+void narrow(const float* from, int n, E* to) {
+  FUSEDOPT_IVDEP
+  for (int i = 0; i < n; ++i) store(to[i], from[i]);
+}
+
+void narrow(const float* from, int n, const Noise& noise, bf16* to) {
+  FUSEDOPT_IVDEP
+  for (int i = 0; i < n; ++i) to[i] = stochastic(from[i], noise.bits[i]);
+}
+
+// Elements from `begin` as floats: in place, or in `room`.
+float* floats(void* data, Dtype dtype, int64_t begin, int n, float* room) {
+  if (dtype == Dtype::kF32) return static_cast<float*>(data) + begin;
+  if (dtype == Dtype::kBF16)
+    widen(static_cast<const bf16*>(data) + begin, n, room);
+  else
+    widen(static_cast<const f16*>(data) + begin, n, room);
+  return room;
+}
+
+template <bool kSigned>
+void decode(const uint8_t* codes, float scale, int n, float* to) {
+  FUSEDOPT_IVDEP
+  for (int i = 0; i < n; ++i) to[i] = dequantize<kSigned>(codes[i], scale);
+}
+
+template <bool kSigned>
+void encode(const float* from, int n, uint8_t* codes, float* scale) {
+  uint32_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t magnitude = magnitude_bits(from[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  *scale = scale_of(largest);
+  const float inverse = 1 / *scale;
+  FUSEDOPT_IVDEP
+  for (int i = 0; i < n; ++i) codes[i] = quantize<kSigned>(from[i], inverse);
+}
+
+// The weights of a block: joined with their master, where they have one.
+float* weights(const Row& row, Dtype dtype, int64_t begin, int n, float* room) {
+  const void* const master = row.extras.master;
+  if (!master) return floats(row.param, dtype, begin, n, room);
+  if (dtype == Dtype::kBF16) {
+    const bf16* high = static_cast<const bf16*>(row.param) + begin;
+    const int16_t* low = static_cast<const int16_t*>(master) + begin;
+    FUSEDOPT_IVDEP
+    for (int i = 0; i < n; ++i) room[i] = join(high[i], low[i]);
+  } else {
+    const f16* weight = static_cast<const f16*>(row.param) + begin;
+    const float* whole = static_cast<const float*>(master) + begin;
+    FUSEDOPT_IVDEP
+    for (int i = 0; i < n; ++i) room[i] = master_of(weight[i], whole[i]);
+  }
+  return room;
+}
+
+// `w`, and what it becomes where the parameter is rounded.
+void store_weights(const Precision& precision, const Row& row, Dtype dtype, int64_t begin, int n, float* w) {
+  void* const master = row.extras.master;
+  if (dtype == Dtype::kBF16) {
+    bf16* const to = static_cast<bf16*>(row.param) + begin;
+    if (master) {
+      int16_t* const low = static_cast<int16_t*>(master) + begin;
+      FUSEDOPT_IVDEP
+      for (int i = 0; i < n; ++i) split(w[i], to[i], low[i]);
+      return;
+    }
+    if (precision.stochastic) {
+      Noise noise;
+      noise.draw(precision, row, 0, begin);
+      narrow(w, n, noise, to);
+    } else {
+      narrow(w, n, to);
+    }
+    if (row.extras.ema) widen(to, n, w);
+  } else if (dtype == Dtype::kF16) {
+    f16* const to = static_cast<f16*>(row.param) + begin;
+    narrow(w, n, to);
+    if (master)
+      std::memcpy(static_cast<float*>(master) + begin, w, size_t(n) * sizeof(float));
+    else if (row.extras.ema)
+      widen(to, n, w);
+  }
+}
+
+template <class T>
+void average(const Precision& precision, T* ema, const T* weights, int n) {
+  const Lerp<T> lerp(precision.ema_weight);
+  FUSEDOPT_IVDEP
+  for (int i = 0; i < n; ++i) ema[i] = lerp(ema[i], weights[i]);
+}
+
+template <class Rule>
+struct States {
+  const Precision& precision;
+  const Row& row;
+  Dtype dtype;
+  int64_t begin;
+  int n;
+  float* values[kMaxStates];
+
+  template <int k>
+  void load_one(float (*room)[kBlock]) {
+    constexpr bool is_signed = Rule::kSigned >> k & 1;
+    if (dtype == Dtype::kCode) {
+      values[k] = room[k];
+      decode<is_signed>(static_cast<const uint8_t*>(row.state[k]) + begin, row.extras.scale[k][begin / kBlock], n,
+                        room[k]);
+    } else {
+      values[k] = floats(row.state[k], dtype, begin, n, room[k]);
+    }
+  }
+
+  template <int k>
+  void store_one() const {
+    constexpr bool is_signed = Rule::kSigned >> k & 1;
+    if (dtype == Dtype::kCode) {
+      encode<is_signed>(values[k], n, static_cast<uint8_t*>(row.state[k]) + begin,
+                        row.extras.scale[k] + begin / kBlock);
+    } else if (dtype == Dtype::kBF16) {
+      bf16* const to = static_cast<bf16*>(row.state[k]) + begin;
+      if (precision.stochastic) {
+        Noise noise;
+        noise.draw(precision, row, 1 + k, begin);
+        narrow(values[k], n, noise, to);
+      } else {
+        narrow(values[k], n, to);
+      }
+    } else if (dtype == Dtype::kF16) {
+      narrow(values[k], n, static_cast<f16*>(row.state[k]) + begin);
+    }
+  }
+
+  void load_all(float (*room)[kBlock]) {
+    if constexpr (Rule::kStates > 0) load_one<0>(room);
+    if constexpr (Rule::kStates > 1) load_one<1>(room);
+    if constexpr (Rule::kStates > 2) load_one<2>(room);
+  }
+  void store_all() const {
+    if constexpr (Rule::kStates > 0) store_one<0>();
+    if constexpr (Rule::kStates > 1) store_one<1>();
+    if constexpr (Rule::kStates > 2) store_one<2>();
+  }
+};
+
+template <template <class> class RuleOf>
+void step_floats(const Launch& launch, const Span& span) {
+  using Rule = RuleOf<float>;
+  const Precision precision = launch.precision ? *launch.precision : Precision{};
+  for_rows<Rule>(launch, span, [&](const Rule& rule, const Row& row, int64_t first, int64_t last) {
+    alignas(64) float room[2 + kMaxStates][kBlock];
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      const int n = int(last - begin < kBlock ? last - begin : kBlock);
+      float* const w = weights(row, launch.param, begin, n, room[0]);
+      if (row.grad) {
+        const float* const g = floats(const_cast<void*>(row.grad), launch.grad, begin, n, room[1]);
+        States<Rule> states{precision, row, launch.state, begin, n, {}};
+        states.load_all(room + 2);
+        update<Rule>(rule, w, g, states.values[0], states.values[1], states.values[2], n,
+                     float(launch.groups[row.group].grad_factor));
+        states.store_all();
+        store_weights(precision, row, launch.param, begin, n, w);
+      }
+      if (row.extras.ema) average(precision, static_cast<float*>(row.extras.ema) + begin, w, n);
+    }
+  });
+}
+
+// float64 is kept as it is; it may have an average.
+template <template <class> class RuleOf>
+void step_doubles(const Launch& launch, const Span& span) {
+  using Rule = RuleOf<double>;
+  for_rows<Rule>(launch, span, [&](const Rule& rule, const Row& row, int64_t first, int64_t last) {
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      const int n = int(last - begin < kBlock ? last - begin : kBlock);
+      double* const w = static_cast<double*>(row.param) + begin;
+      const auto state = [&](int k) {
+        return k < Rule::kStates && row.grad ? static_cast<double*>(row.state[k]) + begin : nullptr;
+      };
+      if (row.grad)
+        update<Rule>(rule, w, static_cast<const double*>(row.grad) + begin, state(0), state(1), state(2), n,
+                     launch.groups[row.group].grad_factor);
+      if (row.extras.ema) average(*launch.precision, static_cast<double*>(row.extras.ema) + begin, w, n);
+    }
+  });
+}
+
+bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kBF16 || dtype == Dtype::kF16; }
+
+template <template <class> class RuleOf>
+CpuEngine::StepKernel for_dtypes(const Launch& l) {
+  if (l.param == Dtype::kF64 && l.grad == Dtype::kF64 && l.state == Dtype::kF64) return step_doubles<RuleOf>;
+  if (is_float(l.param) && is_float(l.grad) && (is_float(l.state) || l.state == Dtype::kCode))
+    return step_floats<RuleOf>;
+  return nullptr;
+}
+
+}  // namespace
+
+CpuEngine::StepKernel precise_step_kernel(const Launch& launch) {
+  int rule = 0;
+#define FUSEDOPT_TRY(R) \
+  if (launch.rule == rule++) return for_dtypes<R>(launch);
+  FUSEDOPT_RULES(FUSEDOPT_TRY)
+#undef FUSEDOPT_TRY
+  return nullptr;
+}
+
+}  // namespace fusedopt::FUSEDOPT_ISA

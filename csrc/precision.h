@@ -1,0 +1,113 @@
+// How weights and states are kept in fewer bits: blockwise 8-bit codes, split master weights, stochastic rounding.
+// Scalar code for host and device; fusedopt/optim/precision.py says the same in PyTorch's operations.
+#pragma once
+#include "element.h"
+#include "step.h"
+
+namespace fusedopt::FUSEDOPT_ISA {
+
+FUSEDOPT_HD uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
+
+// --- 8-bit codes: a block's largest magnitude is its scale; codes are finer near zero, in closed form ---
+//
+// signed    c in -127..127   value scale * u |u|, u = c / 127
+// unsigned  c in 0..255      value scale * u^4,   u = c / 255; what is above 0 stays above it
+//
+// The largest element has the largest code, which is the scale's exact value: quantising what was dequantised gives the
+// same codes and the same scale.
+
+// `largest`: magnitude_bits, whose order puts NaN above infinity above numbers. A block that holds either has the scale
+// NaN, and so are its values: what is broken must show. Below the smallest normal number the scale stays there, so that
+// its reciprocal is finite.
+FUSEDOPT_HD float scale_of(uint32_t largest) {
+  const uint32_t normal = largest < 0x00800000u ? 0x00800000u : largest;
+  return bit_cast<float>(normal >= 0x7f800000u ? 0x7fc00000u : normal);
+}
+
+template <bool kSigned>
+FUSEDOPT_HD float dequantize(uint8_t code, float scale) {
+  if constexpr (kSigned) {
+    const float u = float(int8_t(code)) * (1.0f / 127);
+    return scale * (u * (u < 0 ? -u : u));
+  } else {
+    const float u = float(code) * (1.0f / 255);
+    const float square = u * u;
+    return scale * (square * square);
+  }
+}
+
+// To the nearest integer, of 0 <= x < 2^22. A float of 2^23 has no bits below 1, so the addition rounds.
+FUSEDOPT_HD int32_t nearest(float x) { return bit_cast<int32_t>(x + 8388608.0f) - 0x4b000000; }
+
+FUSEDOPT_HD float root(float x) { return __builtin_sqrtf(x); }
+
+template <bool kSigned>
+FUSEDOPT_HD uint8_t quantize(float x, float inverse_scale) {
+  const float part = bit_cast<float>(magnitude_bits(x)) * inverse_scale;
+  if constexpr (kSigned) {
+    const int32_t code = nearest(127.0f * root(part));
+    return uint8_t(x < 0 ? -code : code);
+  } else {
+    const int32_t code = nearest(255.0f * root(root(part)));
+    return uint8_t(code == 0 && x > 0 ? 1 : code);
+  }
+}
+
+// --- a float32 as a bfloat16 and the 16 bits that it lacks ---
+
+// Rounded half away from zero, so that the rest is a signed 16-bit number: to nearest even, the two together would not
+// tell which of two neighbours a tie came from.
+FUSEDOPT_HD void split(float x, bf16& high, int16_t& low) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const bool nan = magnitude_bits(x) > 0x7f800000u;
+  high.bits = uint16_t((nan ? 0x7fc00000u : bits + 0x8000u) >> 16);
+  low = int16_t(uint16_t(nan ? 0u : bits & 0xffffu));
+}
+
+FUSEDOPT_HD float join(bf16 high, int16_t low) {
+  return bit_cast<float>((uint32_t(high.bits) << 16) + uint32_t(int32_t(low)));
+}
+
+// A float16 weight and its float32 master. Where the weight is not the master's rounding somebody has set it since:
+// then it is the master.
+FUSEDOPT_HD float master_of(f16 weight, float master) {
+  f16 rounded;
+  store(rounded, master);
+  return rounded.bits == weight.bits ? master : load(weight);
+}
+
+// --- stochastic rounding ---
+
+// 16 random bits above the 16 that are cut off: rounds up with the probability of the part cut off.
+FUSEDOPT_HD bf16 stochastic(float x, uint32_t random16) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return {uint16_t((magnitude_bits(x) > 0x7f800000u ? 0x7fc00000u : bits + random16) >> 16)};
+}
+
+// Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": Philox4x32-10. One call serves eight neighbouring
+// elements of one tensor: element i takes half i % 2 of word i / 2. `tensor`: 0 for the parameter, 1 + k for state k.
+struct Random4 {
+  uint32_t word[4];
+};
+
+FUSEDOPT_HD Random4 philox(uint64_t seed, uint32_t step, uint32_t parameter, uint32_t tensor, uint64_t eighth) {
+  uint32_t a = uint32_t(eighth), b = uint32_t(eighth >> 32) << 2 | tensor, c = step, d = parameter;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t x = uint64_t(0xD2511F53u) * a, y = uint64_t(0xCD9E8D57u) * c;
+    const uint32_t next_a = uint32_t(y >> 32) ^ b ^ k0, next_c = uint32_t(x >> 32) ^ d ^ k1;
+    b = uint32_t(y);
+    d = uint32_t(x);
+    a = next_a;
+    c = next_c;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{a, b, c, d}};
+}
+
+FUSEDOPT_HD uint32_t random16(const Random4& random, int element) {
+  return random.word[element / 2] >> (16 * (element % 2)) & 0xffffu;
+}
+
+}  // namespace fusedopt::FUSEDOPT_ISA
