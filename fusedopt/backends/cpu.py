@@ -87,8 +87,8 @@ def rules() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...], int]]:
 
 
 @functools.cache
-def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
-    """Whether there is a loop for a rule with these dtypes."""
+def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype | str) -> bool:
+    """Whether there is a loop for a rule with these dtypes; "8bit" stands for codes."""
     return _native.cpu_can_step(rule, *(str(dtype).removeprefix("torch.") for dtype in (param, grad, state)))
 
 
@@ -97,12 +97,13 @@ def obstacle(tensor: Tensor) -> str:
     return _native.obstacle(tensor)
 
 
-def step(table: Any, groups: list[tuple[list[float], float]]) -> int:
+def step(table: Any, groups: list[tuple[list[float], float]], precision: tuple[float, bool, int] | None = None) -> int:
     """Update the table's active tensors; `groups` gives each group's hyperparameters and gradient factor.
 
-    Returns the number of launches.
+    `precision`: the new weights' share in their averages, whether bfloat16 is rounded stochastically, and the seed;
+    None where nothing is kept beside parameters and states of one dtype. Returns the number of launches.
     """
-    return table.cpu_step(groups, torch.get_num_threads())
+    return table.cpu_step(groups, torch.get_num_threads(), precision)
 
 
 def sum_of_squares(table: Any) -> float:

@@ -15,11 +15,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim.optimizer import _get_scalar_dtype
+from torch.optim.optimizer import Optimizer, _get_scalar_dtype
 
 from fusedopt import backends
 from fusedopt.backends import cpu, reference
+from fusedopt.optim import precision
+from fusedopt.optim.checkpoints import Checkpoints
 from fusedopt.optim.clip import Clip, squares_by_torch
+from fusedopt.optim.precision import EXTRAS, STAMPS, Precision, View
 
 
 class Placement(NamedTuple):
@@ -52,7 +55,22 @@ class Unfusable(Exception):
     """A tensor that goes to torch's functional; the message is the reason."""
 
 
-class FusedStep:
+def _option(owner: str, name: str) -> property:
+    """An option as it was chosen; the state was laid out for it, so it cannot be changed."""
+
+    def get(self: Any) -> Any:
+        return getattr(getattr(self, owner), name)
+
+    def refuse(self: Any, value: Any) -> None:
+        raise AttributeError(
+            f"{name} is chosen at construction: make a new optimizer with {name}={value!r} and load this one's "
+            "state_dict() into it"
+        )
+
+    return property(get, refuse)
+
+
+class FusedStep(Checkpoints):
     """What turns a torch.optim class into a fused one. Mixed in ahead of it; see fusedopt.optim.AdamW for the shape."""
 
     rule: ClassVar[str]  # of csrc/rules.h
@@ -67,7 +85,8 @@ class FusedStep:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stock = inspect.signature(next(c for c in cls.__mro__[1:] if not issubclass(c, FusedStep)).__init__)
+        torchs = next(c for c in cls.__mro__ if issubclass(c, Optimizer) and not issubclass(c, FusedStep))
+        stock = inspect.signature(torchs.__init__)
         own = inspect.signature(FusedStep.__init__).parameters
         extra = [p for p in own.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
         cls.__signature__ = stock.replace(
@@ -81,14 +100,37 @@ class FusedStep:
         backend: str = "auto",
         max_norm: float | None = None,
         skip_non_finite: bool = False,
+        ema_decay: float | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
         self._options = {"backend": backends.check(backend)}
         self._clip = Clip(max_norm, skip_non_finite)
+        self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay)
         self._forget()
         super().__init__(params, *args, **kwargs)
-        if self._clip.on and self.defaults.get("differentiable"):
-            raise ValueError("differentiable=True does not go with max_norm or skip_non_finite: clip the gradients")
+        self._precision.check_all([p for group in self.param_groups for p in group["params"]])
+        if self.defaults.get("differentiable"):
+            if self._clip.on:
+                raise ValueError("differentiable=True does not go with max_norm or skip_non_finite: clip the gradients")
+            if self._precision.on:
+                raise ValueError(
+                    "differentiable=True does not go with ema_decay, state_dtype, master_weights or "
+                    "stochastic_rounding: what they round or keep has no gradient"
+                )
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self.state:  # Adagrad makes its sums at once
+                    self._adopt(param, group)
+
+    max_norm = _option("_clip", "max_norm")
+    skip_non_finite = _option("_clip", "skip_non_finite")
+    ema_decay = _option("_precision", "ema_decay")
+    state_dtype = _option("_precision", "state_dtype")
+    master_weights = _option("_precision", "master_weights")
+    stochastic_rounding = _option("_precision", "stochastic_rounding")
 
     # --- a step ---
 
@@ -99,6 +141,8 @@ class FusedStep:
         Args:
             closure (Callable, optional): re-evaluates the model and returns the loss.
         """
+        if self._swapped:
+            raise RuntimeError("step() inside `with ema_weights()`: the averages are in the parameters' place")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,14 +157,15 @@ class FusedStep:
         if not self._steppers and on_host.skip:
             return  # GradScaler: nothing may change, step counters included
 
+        averages = self._precision.averages
         fallback: list[list[Tensor]] = [[] for _ in self.param_groups]
         held: list[Tensor] = []  # copies and views that must outlive the launch
         if self._table is None:
             for group, tensors in zip(self.param_groups, fallback, strict=True):
-                tensors.extend(p for p in group["params"] if p.grad is not None)
+                tensors.extend(p for p in group["params"] if p.grad is not None or averages)
         else:
             rules = [cpu.rules()[self._rule(group)][0] for group in self.param_groups]
-            for slot in self._table.gather(self.param_groups, self.state, rules, False):
+            for slot in self._table.gather(self.param_groups, self.state, rules, averages):
                 param, group_index = self._table.slot(slot)
                 try:
                     held += self._admit(slot, param, self.param_groups[group_index], rules[group_index])
@@ -135,17 +180,21 @@ class FusedStep:
                 self._update_by_torch(group, tensors, on_host.inv_scale)
         if self._table is not None:
             for stepper in self._steppers.values():
-                stepper.step(self._table, self._device_groups(stepper.device), found_inf, scale)
+                told = () if self._precision.told is None else (self._precision.told,)
+                stepper.step(self._table, self._device_groups(stepper.device), found_inf, scale, *told)
             if self._on_cpu and not on_host.skip:
                 factor = on_host.inv_scale
                 groups = [(self._hyper(group), -factor if group["maximize"] else factor) for group in self.param_groups]
-                cpu.step(self._table, groups)
+                cpu.step(self._table, groups, self._precision.told)
             # raw writes are invisible to autograd, which would go on with saved tensors that have changed
             torch.autograd.graph.increment_version(self._table.updated())
+        for param, average in self._new_averages:
+            average.copy_(precision.weight(param, self.state[param]))  # the first is what the first step leaves
+        self._new_averages.clear()
 
     def _sums_of_squares(self, fallback: list[list[Tensor]]) -> list[Tensor]:
         """Of the gradients of this step, where they are."""
-        sums = squares_by_torch([p.grad for tensors in fallback for p in tensors])
+        sums = squares_by_torch([p.grad for tensors in fallback for p in tensors if p.grad is not None])
         if self._table is not None:
             if self._on_cpu:
                 sums.append(torch.tensor(cpu.sum_of_squares(self._table), dtype=torch.float64))
@@ -191,8 +240,9 @@ class FusedStep:
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
             raise Unfusable("sparse")
         real = _real_dtype(param.dtype)
-        if not backend.supports(cpu.rules()[self._rule(group)][0], real, real, real):
-            raise Unfusable(f"no kernel for {param.dtype}")
+        kind = self._state_kind(param)
+        if not backend.supports(cpu.rules()[self._rule(group)][0], real, real, kind):
+            raise Unfusable(f"no kernel for {param.dtype}" + (f" with {kind} states" if kind != real else ""))
         if param.is_neg() or param.is_conj():
             raise Unfusable("lazily negated or conjugated")
         if obstacle := cpu.obstacle(param):
@@ -202,7 +252,8 @@ class FusedStep:
     def _admit(self, slot: int, param: Tensor, group: dict[str, Any], rule: int) -> list[Tensor]:
         """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
         grad = param.grad
-        _check_memory(param, grad)
+        if grad is not None:
+            _check_memory(param, grad)
         backend = self._check_fusable(param, grad, group)
         known = bool(self.state.get(param))
         if not known and backend is not cpu and backend.capturing(param.device):
@@ -211,48 +262,56 @@ class FusedStep:
                 "state anew; take one step before the capture"
             )
         self._stock_lists(group, [param])  # stock's own checks, errors and state
+        made = self._adopt(param, group)
         state = self.state.get(param)
-        made = {}  # SGD's buffer before its first step
+        kind = self._state_kind(param)
         states = []
-        for key in self._states(group):
-            value = state.get(key)
-            if value is None:
-                value = made[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        for key in self._states(group) if grad is not None else ():
+            value = state[key]
             if value.shape != param.shape:
                 raise RuntimeError(
                     f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}: "
                     "was a checkpoint of another model loaded?"
                 )
-            if value.dtype != param.dtype or value.device != param.device or value.layout != torch.strided:
+            fits = value.dtype in (torch.int8, torch.uint8) if kind == "8bit" else _real_dtype(value.dtype) == kind
+            if not fits or value.device != param.device or value.layout != torch.strided:
                 raise Unfusable(f"state {key!r} is {value.dtype} on {value.device}")
             # a contiguous checkpoint in a channels_last model, say; or a new state, better off on huge pages
             if not _same_strides(value, param) or (backend is cpu and not known and value.nbytes >= cpu.HUGE):
-                fresh = torch.empty_like(param)
-                value = (cpu.advised(fresh) if backend is cpu else fresh).copy_(value)
-                (made if key in made else state)[key] = value
+                fresh = torch.empty_like(param, dtype=value.dtype)
+                value = state[key] = (cpu.advised(fresh) if backend is cpu else fresh).copy_(value)
             states.append(value)
-        counter = None if state is None else state.get("step")
-        if backend is not cpu:
-            counter = self._device_counter(param.device, state, fresh=bool(made))
+        scales = tuple(state[f"{key}_scale"] for key in self._states(group)) if states and kind == "8bit" else ()
+        master, average = (None if state is None else state.get(key) for key in ("master", "ema"))
+        counts = "rounding_step" if state is not None and "rounding_step" in state else "step"
+        counter = None if state is None else state.get(counts)
+        if grad is None:
+            counter = None
+        elif backend is not cpu:
+            counter = self._device_counter(param.device, state, counts, fresh=bool(made))
         elif counter is not None and not isinstance(counter, Tensor):
-            counter = state["step"] = torch.tensor(float(counter), dtype=_get_scalar_dtype())
+            counter = state[counts] = torch.tensor(float(counter), dtype=_get_scalar_dtype())
         elif counter is not None and counter.device.type != "cpu":
             raise Unfusable(f"step counter on {counter.device}")
 
-        real = _real_dtype(param.dtype)
-        grad_dtype = grad.dtype if backend.supports(rule, real, _real_dtype(grad.dtype), real) else param.dtype
-        # a lazily negated or conjugated tensor's memory does not hold its values, and DLPack does not tell
-        lasting = not (param.is_complex() or grad.is_neg())
-        if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
-            grad = torch.empty_like(param, dtype=grad_dtype).copy_(grad)
-        held = [grad]
+        held = []
+        lasting = not param.is_complex()
+        if grad is not None:
+            real = _real_dtype(param.dtype)
+            grad_dtype = grad.dtype if backend.supports(rule, real, _real_dtype(grad.dtype), kind) else param.dtype
+            # a lazily negated or conjugated tensor's memory does not hold its values, and DLPack does not tell
+            lasting &= not grad.is_neg()
+            if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
+                grad = torch.empty_like(param, dtype=grad_dtype).copy_(grad)
+            held.append(grad)
         if param.is_complex():
-            param, grad, *states = map(torch.view_as_real, (param, grad, *states))
-            held += [param, grad, *states]
+            param, grad, average, *states = (
+                None if t is None else torch.view_as_real(t) for t in (param, grad, average, *states)
+            )
+            held += [param, grad, average, *states]
         # the table keeps the memory alive: a state whose .data is swapped goes unnoticed, but must not be freed
-        owners = tuple(t.untyped_storage() for t in (*states, *([] if counter is None else [counter])))
-        if made:
-            state.update(made)
+        kept = (*states, *scales, *(t for t in (counter, master, average) if t is not None))
+        owners = tuple(t.untyped_storage() for t in kept)
         try:
             self._table.bind(
                 slot,
@@ -260,6 +319,9 @@ class FusedStep:
                 grad=grad,
                 state_dict=state,
                 states=tuple(states),
+                scales=scales,
+                master=master,
+                ema=average,
                 step=counter,
                 owners=owners,
                 fresh=bool(made),
@@ -269,6 +331,7 @@ class FusedStep:
         except ValueError as error:
             for key in made:
                 del state[key]
+                state.pop(f"{key}_scale", None)
             raise Unfusable(str(error)) from None
         if backend is cpu:
             self._on_cpu = True
@@ -276,9 +339,32 @@ class FusedStep:
             self._steppers[param.device] = backend.Stepper(param.device)
         return held
 
-    def _device_counter(self, device: torch.device, state: dict[str, Any] | None, fresh: bool) -> Tensor:
-        """The step counter, which the device advances: state["step"], or one of our own where stock counts no steps."""
-        known = None if state is None else state.get("step")
+    def _adopt(self, param: Tensor, group: dict[str, Any], buffers: bool = True) -> list[str]:
+        """Bring a parameter's state into the form in which it is kept; returns the keys made: SGD's buffer."""
+        made = []
+        if param.grad is not None and buffers:
+            for key in self._states(group):
+                if self.state[param].get(key) is None:
+                    self.state[param][key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    made.append(key)
+        if self._precision.on:
+            state = self.state[param]
+            stepped = any(key in state for key in self._states(group)) and not made
+            self._precision.adopt(param, state, self._signed())
+            if self._precision.stochastic_rounding and "step" not in state and param.grad is not None:
+                state.setdefault("rounding_step", torch.tensor(float(stepped)))
+            if self._precision.averages and "ema" not in state:
+                state["ema"] = self._precision.new_average(param)
+                self._new_averages.append((param, state["ema"]))
+        return made
+
+    def _state_kind(self, param: Tensor) -> torch.dtype | str:
+        kind = self._precision.kind(param)
+        return kind if isinstance(kind, str) else _real_dtype(kind)
+
+    def _device_counter(self, device: torch.device, state: dict[str, Any] | None, counts: str, fresh: bool) -> Tensor:
+        """The step counter, which the device advances: state[counts], or one of our own where stock counts no steps."""
+        known = None if state is None else state.get(counts)
         if isinstance(known, Tensor) and known.device == device and known.dtype == torch.float32:
             return known
         flat, used = self._counters.get(device, (None, 0))
@@ -290,7 +376,7 @@ class FusedStep:
         if steps:
             counter.fill_(steps)
         if known is not None:
-            state["step"] = counter
+            state[counts] = counter
         return counter
 
     # --- torch's own functional, tensor by tensor ---
@@ -301,11 +387,51 @@ class FusedStep:
         lists: dict[str, list] = {name: [] for name in names}
         with_grad: list[Tensor] = []
         grads: list[Tensor] = []
-        self._init_group({**group, "params": params}, with_grad, grads, *lists.values())
+        # stock fills states that are empty: what is kept beside its own is out of its sight
+        hidden = {}
+        for param in params if self._precision.on else ():
+            state = self.state.get(param, {})
+            hidden[param] = {key: state.pop(key) for key in (*EXTRAS, *STAMPS) if key in state}
+        try:
+            self._init_group({**group, "params": params}, with_grad, grads, *lists.values())
+        finally:
+            for param, extras in hidden.items():
+                if extras:
+                    self.state[param].update(extras)
         return with_grad, grads, lists
 
     def _update_by_torch(self, group: dict[str, Any], params: list[Tensor], inv_scale: float) -> None:
-        params, grads, lists = self._stock_lists(group, params)
+        if not self._precision.on:
+            params, grads, lists = self._stock_lists(group, params)
+            self._run_functional(group, params, grads, lists, inv_scale)
+            for param, buffer in zip(params, lists.get("momentum_buffer_list", ()), strict=False):
+                self.state[param]["momentum_buffer"] = buffer  # SGD's function makes the first one
+            return
+        self._stock_lists(group, params)
+        for param in params:
+            self._adopt(param, group, buffers=False)
+        stepped, grads, lists = self._stock_lists(group, params)
+        views = [View(param, self.state[param], self._states(group)) for param in stepped]
+        if views:
+            wide = {id(view.state[key]): value for view in views for key, value in view.values.items()}
+            lists = {name: [wide.get(id(value), value) for value in values] for name, values in lists.items()}
+            grads = [grad.to(view.weight.dtype) for grad, view in zip(grads, views, strict=True)]
+            self._run_functional(group, [view.weight for view in views], grads, lists, inv_scale)
+        for view, buffer in zip(views, lists.get("momentum_buffer_list", ()), strict=False):
+            if view.state.get("momentum_buffer") is None:  # SGD's function made it
+                view.state["momentum_buffer"] = buffer
+                self._precision.adopt(view.param, view.state, self._signed())
+        index = {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        for view in views:
+            view.store(index[view.param], self._precision.stochastic_rounding)
+        if self._precision.averages:
+            for param in params:
+                kept = precision.weight(param, self.state[param])
+                self.state[param]["ema"].lerp_(kept, 1 - self._precision.ema_decay)
+
+    def _run_functional(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], lists: dict[str, list], inv_scale: float
+    ) -> None:
         if inv_scale != 1.0:
             grads = [grad * inv_scale for grad in grads]
         known = {
@@ -318,8 +444,6 @@ class FusedStep:
         wanted = inspect.signature(self.functional).parameters
         keywords = {key: known[key] for key in wanted if key in known and key != "params"}
         self.functional(params, grads, **lists, **keywords)
-        for param, buffer in zip(params, lists.get("momentum_buffer_list", ()), strict=False):
-            self.state[param]["momentum_buffer"] = buffer  # SGD's function makes the first one
 
     # --- the instance: reports, copies, checkpoints ---
 
@@ -349,6 +473,11 @@ class FusedStep:
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        try:
+            self._precision.check(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
         backend = self._options["backend"]
         for i, param in enumerate(self.param_groups[-1]["params"]):
             if backend != "auto" and not backends.takes(backends.select(backend, param.device), param.device):
@@ -358,18 +487,6 @@ class FusedStep:
                     f"(parameter {i} of {len(group['params'])}); use backend='auto' or move the model"
                 )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load an optimizer state, of fusedopt or of torch.optim's class of the same name.
-
-        Unlike torch.optim's, the loaded tensors are copies: training on does not change `state_dict`.
-        """
-        given = {id(value) for state in state_dict["state"].values() for value in state.values()}
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and id(value) in given:
-                    state[key] = value.clone()
-
     def _forget(self) -> None:
         """Drop all that was known of the tensors' whereabouts; the next step looks anew."""
         fusable = self._options["backend"] != "reference" and cpu.available() is True
@@ -377,9 +494,11 @@ class FusedStep:
         self._on_cpu = False  # whether any tensor steps there
         self._steppers: dict[torch.device, Any] = {}
         self._counters: dict[torch.device, tuple[Tensor, int]] = {}  # a flat tensor, and how many of it are taken
+        self._new_averages: list[tuple[Tensor, Tensor]] = []  # parameters in their first step, and their averages
+        self._swapped = False  # inside ema_weights()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "_clip": self._clip}
+        return {**super().__getstate__(), "_options": self._options, "_clip": self._clip, "_precision": self._precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
