@@ -592,9 +592,17 @@ def test_backends_that_are_not_there():
 def test_signature_is_stocks_and_then_ours(case):
     stock, fused = (inspect.signature(getattr(module, case.name)) for module in (torch.optim, fusedopt.optim))
     rows = [(p.name, p.kind, p.default) for p in fused.parameters.values()]
-    assert rows[:-3] == [(p.name, p.kind, p.default) for p in stock.parameters.values()]
-    extra = [("backend", "auto"), ("max_norm", None), ("skip_non_finite", False)]
-    assert rows[-3:] == [(name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in extra]
+    extra = {
+        "backend": "auto",
+        "max_norm": None,
+        "skip_non_finite": False,
+        "ema_decay": None,
+        "state_dtype": None,
+        "master_weights": False,
+        "stochastic_rounding": False,
+    }
+    assert rows[: -len(extra)] == [(p.name, p.kind, p.default) for p in stock.parameters.values()]
+    assert rows[-len(extra) :] == [(name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in extra.items()]
     assert isinstance(case.fused(params(3)), getattr(torch.optim, case.name))
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from optim_table import DTYPES, ENGINES, SHAPES, WITH_LION, make_params, set_grads, use_engine
+from optim_table import DTYPES, ENGINES, WITH_LION, make_params, set_grads, use_engine
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -42,18 +42,14 @@ def large_params(dtypes):
     """The table's, and one that 8-bit states take in blocks: three whole ones and a ragged."""
     dtype = DTYPES[dtypes][0]
     more = nn.Parameter(torch.sin(torch.arange(17.0 * 257)).view(257, 17).to(dtype).t())
-    return [*make_params(dtypes, same_grad=True), more]
+    if DTYPES[dtypes][1] != dtype:
+        more.grad_dtype = DTYPES[dtypes][1]
+    return [*make_params(dtypes), more]
 
 
 def set_all_grads(params, dtypes, step):
     set_grads(params[:-1], dtypes, step)
-    dtype, grad_dtype = DTYPES[dtypes]
-    grad = torch.cos(torch.arange(17.0 * 257) * step).view(257, 17).t()
-    params[-1].grad = grad.to(dtype)
-    for param, shape in zip(params[:-1], SHAPES.values(), strict=True):
-        if grad_dtype != dtype and shape.fuses:
-            param.grad_dtype = grad_dtype
-            param.grad = param.grad.to(grad_dtype)
+    params[-1].grad = torch.cos(torch.arange(17.0 * 257) * step).view(257, 17).t().to(DTYPES[dtypes][1])
 
 
 def run(case, mode, dtypes, backend, steps=4):
@@ -83,7 +79,7 @@ def test_native_does_what_torchs_operations_do(case, mode, dtypes):
         ours, optimizer = run(case, mode, dtypes, use_engine(engine))
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             state, expected = optimizer.state.get(p, {}), reference.state.get(q, {})
-            assert list(state) == list(expected)
+            assert state.keys() == expected.keys()
             for key in state:
                 assert state[key].dtype == expected[key].dtype and state[key].shape == expected[key].shape, key
                 if key in ("step", "rounding_step"):
@@ -92,10 +88,13 @@ def test_native_does_what_torchs_operations_do(case, mode, dtypes):
             lr = float(case.options.get("lr", 1e-3))
             scale = q.detach().abs().max().item() if q.numel() else 0
             difference = (whole(p, state) - whole(q, expected)).abs()
-            loose = 1e-5 + 4 * coarse * scale + (0.02 * lr if "8bit" in mode or "bf16" in mode else 0)
+            kept_narrow = optimizer._state_kind(p) not in (torch.float32, torch.float64)
+            loose = 1e-5 + 4 * coarse * scale + (lr if kept_narrow else 0)  # a state off by a unit is an update off
             loose += 2.1 * 4 * lr if case.name == "Lion" else 0  # the sign of next to nothing
-            assert not difference.numel() or difference.max() <= loose, (i, engine)
-            assert not difference.numel() or case.name == "Lion" or difference.median() <= 1e-6 + coarse * scale
+            assert not difference.numel() or difference.max() <= loose, (i, engine, float(difference.max()), loose)
+            if difference.numel() and case.name != "Lion":
+                assert difference.median() <= 1e-6 + coarse * scale
+                assert difference.mean() <= 1e-6 + coarse * scale + (0.02 * lr if kept_narrow else 0)
             for key in optimizer._states(optimizer.param_groups[0]):
                 a, b = (precision.View(t, s, (key,)).values[key].double() for t, s in ((p, state), (q, expected)))
                 unit = {"8bit": 2 / 127, "bfloat16": 2**-7, "float16": 2**-9}.get(
@@ -381,6 +380,8 @@ def test_save_load_step_is_step(case, mode, dtypes, tmp_path):
     # as they lie: a clone of a view with gaps would have none
     others = [copy.deepcopy(p.detach()) for p in params]
     others = [nn.Parameter(p) for p in others]
+    for p, q in zip(params, others, strict=True):
+        q.grad_dtype = p.grad_dtype
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = case.fused(others, **MODES[mode])
@@ -399,7 +400,7 @@ def test_save_load_step_is_step(case, mode, dtypes, tmp_path):
 @pytest.mark.parametrize("case", [c for c in WITH_LION if c.name != "Lion"], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_swaps_with_stock_and_back(case, mode):
-    """fusedopt, then torch.optim, then fusedopt: one run within tolerance; what stock left stale is told and dropped."""
+    """fusedopt, then torch.optim, then fusedopt: one run within tolerance; what stock left stale is dropped, and told."""
     dtypes = "bf16" if mode in CANNOT["f32"] else "f32"
     params = large_params(dtypes)[3:]
     options = MODES[mode]

@@ -123,7 +123,7 @@ class FusedStep(Checkpoints):
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.state:  # Adagrad makes its sums at once
-                    self._adopt(param, group)
+                    self._adopt(param, group, stepped=False)
 
     max_norm = _option("_clip", "max_norm")
     skip_non_finite = _option("_clip", "skip_non_finite")
@@ -261,8 +261,9 @@ class FusedStep(Checkpoints):
                 "step() meets a parameter for the first time while a graph is captured: each replay would start its "
                 "state anew; take one step before the capture"
             )
+        stepped = self._has_stepped(param, group)
         self._stock_lists(group, [param])  # stock's own checks, errors and state
-        made = self._adopt(param, group)
+        made = self._adopt(param, group, stepped)
         state = self.state.get(param)
         kind = self._state_kind(param)
         states = []
@@ -339,7 +340,12 @@ class FusedStep(Checkpoints):
             self._steppers[param.device] = backend.Stepper(param.device)
         return held
 
-    def _adopt(self, param: Tensor, group: dict[str, Any], buffers: bool = True) -> list[str]:
+    def _has_stepped(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """As far as a state without a step counter tells."""
+        state = self.state.get(param, {})
+        return any(state.get(key) is not None for key in self._states(group))
+
+    def _adopt(self, param: Tensor, group: dict[str, Any], stepped: bool, buffers: bool = True) -> list[str]:
         """Bring a parameter's state into the form in which it is kept; returns the keys made: SGD's buffer."""
         made = []
         if param.grad is not None and buffers:
@@ -349,10 +355,9 @@ class FusedStep(Checkpoints):
                     made.append(key)
         if self._precision.on:
             state = self.state[param]
-            stepped = any(key in state for key in self._states(group)) and not made
-            self._precision.adopt(param, state, self._signed())
             if self._precision.stochastic_rounding and "step" not in state and param.grad is not None:
                 state.setdefault("rounding_step", torch.tensor(float(stepped)))
+            self._precision.adopt(param, state, self._signed())
             if self._precision.averages and "ema" not in state:
                 state["ema"] = self._precision.new_average(param)
                 self._new_averages.append((param, state["ema"]))
@@ -407,9 +412,10 @@ class FusedStep(Checkpoints):
             for param, buffer in zip(params, lists.get("momentum_buffer_list", ()), strict=False):
                 self.state[param]["momentum_buffer"] = buffer  # SGD's function makes the first one
             return
+        stepped = [self._has_stepped(param, group) for param in params]
         self._stock_lists(group, params)
-        for param in params:
-            self._adopt(param, group, buffers=False)
+        for param, before in zip(params, stepped, strict=True):
+            self._adopt(param, group, before, buffers=False)
         stepped, grads, lists = self._stock_lists(group, params)
         views = [View(param, self.state[param], self._states(group)) for param in stepped]
         if views:
@@ -419,7 +425,8 @@ class FusedStep(Checkpoints):
             self._run_functional(group, [view.weight for view in views], grads, lists, inv_scale)
         for view, buffer in zip(views, lists.get("momentum_buffer_list", ()), strict=False):
             if view.state.get("momentum_buffer") is None:  # SGD's function made it
-                view.state["momentum_buffer"] = buffer
+                view.state["momentum_buffer"] = torch.zeros_like(view.param)
+                view.values["momentum_buffer"] = buffer
                 self._precision.adopt(view.param, view.state, self._signed())
         index = {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
         for view in views:

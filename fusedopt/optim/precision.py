@@ -21,7 +21,7 @@ from torch import Tensor
 from fusedopt.optim import codes
 
 SMALL = 4096  # elements below which a tensor's states stay float32: norms and biases, few bytes and much harm
-EXTRAS = ("master", "ema", "rounding_step")
+EXTRAS = ("rounding_step", "master", "ema")
 SIGNED = frozenset({"exp_avg", "grad_avg", "momentum_buffer"})  # the states that are not squares
 STAMPS = ("extras_step", "extras_checksum")
 SEED = 0  # the same on every rank, whatever each seeds its own generators with
