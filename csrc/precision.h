@@ -39,7 +39,23 @@ FUSEDOPT_HD float dequantize(uint8_t code, float scale) {
 // To the nearest integer, of 0 <= x < 2^22. A float of 2^23 has no bits below 1, so the addition rounds.
 FUSEDOPT_HD int32_t nearest(float x) { return bit_cast<int32_t>(x + 8388608.0f) - 0x4b000000; }
 
-FUSEDOPT_HD float root(float x) { return __builtin_sqrtf(x); }
+// By Newton's iteration for the inverse, of normal numbers and 0: within 5e-6 and 6e-7 of the root, a hundredth and a thousandth
+// of what would change a code, and without the divisions and square roots that an update is already busy with.
+FUSEDOPT_HD float root(float x) {
+  const float half = 0.5f * x;
+  float inverse = bit_cast<float>(0x5f375a86u - (bit_cast<uint32_t>(x) >> 1));
+  inverse *= 1.5f - half * inverse * inverse;  // from the left: at 0 the square overflows, but not this
+  inverse *= 1.5f - half * inverse * inverse;
+  return x * inverse;
+}
+
+FUSEDOPT_HD float fourth_root(float x) {
+  const float quarter = 0.25f * x;
+  float inverse = bit_cast<float>(0x4f584000u - (bit_cast<uint32_t>(x) >> 2));
+  const auto nearer = [&](float near) { return near * (1.25f - quarter * (near * near) * (near * near)); };
+  inverse = nearer(nearer(nearer(inverse)));
+  return x * (inverse * inverse * inverse);
+}
 
 template <bool kSigned>
 FUSEDOPT_HD uint8_t quantize(float x, float inverse_scale) {
@@ -48,7 +64,7 @@ FUSEDOPT_HD uint8_t quantize(float x, float inverse_scale) {
     const int32_t code = nearest(127.0f * root(part));
     return uint8_t(x < 0 ? -code : code);
   } else {
-    const int32_t code = nearest(255.0f * root(root(part)));
+    const int32_t code = nearest(255.0f * fourth_root(part));
     return uint8_t(code == 0 && x > 0 ? 1 : code);
   }
 }

@@ -25,19 +25,23 @@ namespace fusedopt::FUSEDOPT_ISA {
 FUSEDOPT_HD float sqrt_of(float x) { return __builtin_sqrtf(x); }
 FUSEDOPT_HD double sqrt_of(double x) { return __builtin_sqrt(x); }
 
+// `choose(c, a, b)` for `c ? a : b`: a conditional between values of class type is a branch, which does not vectorise.
+FUSEDOPT_HD float choose(bool c, float a, float b) { return c ? a : b; }
+FUSEDOPT_HD double choose(bool c, double a, double b) { return c ? a : b; }
+
 // torch.lerp, exact at both ends: it starts from the nearer one. `side` is a T, not a bool: gcc 12 does not vectorise a
 // select between 16-bit elements by an 8-bit condition.
 template <class T>
 struct Lerp {
   T side, weight;
   FUSEDOPT_HD explicit Lerp(double w) : side(w < 0.5 ? -1 : 1), weight(T(w < 0.5 ? w : w - 1)) {}
-  FUSEDOPT_HD T operator()(T from, T to) const { return (side > T(0) ? to : from) + weight * (to - from); }
+  FUSEDOPT_HD T operator()(T from, T to) const { return choose(side > T(0), to, from) + weight * (to - from); }
 };
 
 // Not `g + weight_decay * p` at zero: an infinite parameter must not turn the gradient into NaN.
 template <class T>
 FUSEDOPT_HD T with_l2(T g, T p, T weight_decay) {
-  return weight_decay != T(0) ? g + weight_decay * p : g;
+  return choose(weight_decay != T(0), g + weight_decay * p, g);
 }
 
 // Kingma & Ba 2015 (torch.optim.Adam), decoupled decay of Loshchilov & Hutter 2019 (torch.optim.AdamW), and AMSGrad of
@@ -80,7 +84,7 @@ struct AdamRule {
   }
   FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v, T& v_max) const {
     moments(p, g, m, v);
-    v_max = v_max < v || v != v ? v : v_max;  // torch.maximum: NaN wins
+    v_max = choose(v_max < v || v != v, v, v_max);  // torch.maximum: NaN wins
     move(p, m, v_max);
   }
 };
@@ -117,7 +121,7 @@ struct RMSpropRule {
   FUSEDOPT_HD T centered(T g, T sq, T& g_avg) const {
     g_avg = mean(g_avg, g);
     const T variance = sq - g_avg * g_avg;
-    return variance < T(0) ? T(0) : variance;
+    return choose(variance < T(0), T(0), variance);
   }
   FUSEDOPT_HD void move(T& p, T g, T variance) const { p -= lr * g / (sqrt_of(variance) + eps); }
   FUSEDOPT_HD void move(T& p, T g, T variance, T& buffer) const {
@@ -193,7 +197,7 @@ struct SGDRule {
   FUSEDOPT_HD void operator()(T& p, T g, T& buffer) const {
     g = with_l2(g, p, l2);
     buffer = keep * buffer + take * g;
-    p -= lr * (nesterov > T(0) ? g + momentum * buffer : buffer);
+    p -= lr * choose(nesterov > T(0), g + momentum * buffer, buffer);
   }
 };
 
@@ -216,7 +220,7 @@ struct LionRule {
 
   FUSEDOPT_HD void operator()(T& p, T g, T& m) const {
     const T direction = blend(m, g);
-    const T sign = direction > T(0) ? T(1) : direction < T(0) ? T(-1) : direction;  // 0 and NaN stay
+    const T sign = choose(direction > T(0), T(1), choose(direction < T(0), T(-1), direction));  // 0 and NaN stay
     p = p * decay - lr * sign;
     m = average(m, g);
   }

@@ -1,6 +1,7 @@
 // Steps at a precision of the user's choice: states in other types than the parameter, codes, masters, stochastic
 // rounding, averages. A block of elements at a time, as floats in the first-level cache, so that no combination of
 // types needs a loop of its own; what is float in memory is worked on where it lies.
+#include "../float_with.h"
 #include "../precision.h"
 #include "update.h"
 
@@ -9,24 +10,35 @@ namespace {
 
 constexpr int kBlock = int(kCodeBlock);
 
-// Random bits of a block's elements, from the block's first.
+// The arithmetic of updates from codes: a division and a square root take as long as all else, and the states are good
+// to a hundredth. Within 1e-5; a square root of 0 is 0, and a number over 0 is large.
+struct NewtonOps {
+  static FUSEDOPT_HD float divide(float a, float b) {
+    float inverse = bit_cast<float>(0x7ef311c7u - bit_cast<uint32_t>(b));
+    inverse *= 2.0f - b * inverse;
+    inverse *= 2.0f - b * inverse;
+    inverse *= 2.0f - b * inverse;
+    return a * inverse;
+  }
+  static FUSEDOPT_HD float root(float a) { return FUSEDOPT_ISA::root(a); }
+};
+using newton_float = float_with<NewtonOps>;
+
+// 16 random bits for each of a block's elements.
 struct Noise {
   uint16_t bits[kBlock];
 
   void draw(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin) {
     constexpr int kCalls = kBlock / 8;
-    uint32_t words[4][kCalls];
+    uint32_t words[4 * kCalls];
     FUSEDOPT_IVDEP
     for (int i = 0; i < kCalls; ++i) {
       const Random4 random = philox(precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index), tensor,
                                     uint64_t(begin / 8 + i));
-      words[0][i] = random.word[0];
-      words[1][i] = random.word[1];
-      words[2][i] = random.word[2];
-      words[3][i] = random.word[3];
+      for (int k = 0; k < 4; ++k) words[4 * i + k] = random.word[k];
     }
-    for (int i = 0; i < kCalls; ++i)
-      for (int e = 0; e < 8; ++e) bits[8 * i + e] = uint16_t(words[e / 2][i] >> (16 * (e % 2)));
+    static_assert(sizeof bits == sizeof words, "element 2 k has the low half of word k: little-endian");
+    std::memcpy(bits, words, sizeof bits);
   }
 };
 
@@ -183,21 +195,39 @@ struct States {
   }
 };
 
-template <template <class> class RuleOf>
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kCode ? 1 : 2; }
+
+// What the block after next will read: work on a block's floats hides the loads of the next from the processor.
+void prefetch_block(const Launch& launch, const Row& row, int64_t begin) {
+  const auto ask = [&](const void* data, int64_t bytes) {
+    if (!data) return;
+    const char* const first = static_cast<const char*>(data) + begin * bytes;
+    for (int64_t line = 0; line < kBlock * bytes; line += 64) __builtin_prefetch(first + line, 1);
+  };
+  ask(row.param, bytes_of(launch.param));
+  ask(row.grad, bytes_of(launch.grad));
+  for (const void* state : row.state) ask(state, bytes_of(launch.state));
+  ask(row.extras.master, launch.param == Dtype::kBF16 ? 2 : 4);
+  ask(row.extras.ema, 4);
+}
+
+// T: how a rule computes.
+template <template <class> class RuleOf, class T>
 void step_floats(const Launch& launch, const Span& span) {
-  using Rule = RuleOf<float>;
+  using Rule = RuleOf<T>;
   const Precision precision = launch.precision ? *launch.precision : Precision{};
   for_rows<Rule>(launch, span, [&](const Rule& rule, const Row& row, int64_t first, int64_t last) {
     alignas(64) float room[2 + kMaxStates][kBlock];
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int n = int(last - begin < kBlock ? last - begin : kBlock);
+      if (begin + 3 * kBlock <= last) prefetch_block(launch, row, begin + 2 * kBlock);
       float* const w = weights(row, launch.param, begin, n, room[0]);
       if (row.grad) {
         const float* const g = floats(const_cast<void*>(row.grad), launch.grad, begin, n, room[1]);
         States<Rule> states{precision, row, launch.state, begin, n, {}};
         states.load_all(room + 2);
         update<Rule>(rule, w, g, states.values[0], states.values[1], states.values[2], n,
-                     float(launch.groups[row.group].grad_factor));
+                     T(launch.groups[row.group].grad_factor));
         states.store_all();
         store_weights(precision, row, launch.param, begin, n, w);
       }
@@ -230,8 +260,9 @@ bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kBF1
 template <template <class> class RuleOf>
 CpuEngine::StepKernel for_dtypes(const Launch& l) {
   if (l.param == Dtype::kF64 && l.grad == Dtype::kF64 && l.state == Dtype::kF64) return step_doubles<RuleOf>;
-  if (is_float(l.param) && is_float(l.grad) && (is_float(l.state) || l.state == Dtype::kCode))
-    return step_floats<RuleOf>;
+  if (!is_float(l.param) || !is_float(l.grad)) return nullptr;
+  if (is_float(l.state)) return step_floats<RuleOf, float>;
+  if (l.state == Dtype::kCode) return step_floats<RuleOf, newton_float>;
   return nullptr;
 }
 

@@ -11,9 +11,8 @@ CpuEngine::StepKernel precise_step_kernel(const Launch& launch);
 namespace {
 
 // Separate pointers, not an array of them: gcc 12 does not vectorise the latter.
-template <class Rule, class P, class G, class S>
-FUSEDOPT_HD void update(const Rule rule, P* p, const G* g, S* s0, S* s1, S* s2, int64_t n, Compute<P> grad_factor) {
-  using T = Compute<P>;
+template <class Rule, class T, class P, class G, class S>
+FUSEDOPT_HD void update(const Rule rule, P* p, const G* g, S* s0, S* s1, S* s2, int64_t n, T grad_factor) {
   FUSEDOPT_IVDEP
   for (int64_t i = 0; i < n; ++i) {
     T param = load(p[i]);
