@@ -6,12 +6,19 @@
 //   Rule(h, t)  once per tensor: scalars derived in double, then cast to T; t counts this tensor's steps from 1
 //   operator()  once per element: parameter, gradient, states
 //
+// A rule whose step depends on norms of a whole tensor (kNormed<Rule>) has besides
+//
+//   adapts()         whether this tensor's step does
+//   direction(...)   once per element, ahead of the update: what the step will go along; p, g, states by value
+//   adapt(r)         once per tensor: r is the norm of the parameter over that of its direction, or 1 if either is 0
+//
 // Precision, rounding, scaling and vectorisation belong to the engine around a rule. The order of operations is that of
 // torch.optim's single-tensor functions, so that infinities and NaNs come out alike.
 #pragma once
 #include "element.h"
 
 #include <cmath>
+#include <type_traits>
 
 // A rule's hyperparameters and their names, from one list.
 #define FUSEDOPT_HYPER(...) \
@@ -226,6 +233,47 @@ struct LionRule {
   }
 };
 
+// You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes": AdamW's direction, as
+// long as the tensor itself. Tensors without weight decay (biases, norms) step as Adam's unless `always_adapt`.
+template <class T>
+struct LAMBRule {
+  FUSEDOPT_HYPER(lr, beta1, beta2, eps, weight_decay, always_adapt);
+  static constexpr const char* kName = "lamb";
+  static constexpr const char* kStateNames = "exp_avg, exp_avg_sq";
+  static constexpr int kStates = 2;
+  static constexpr unsigned kSigned = 0b01;
+
+  Lerp<T> first_moment;
+  T lr, beta2, one_minus_beta2, inv_correction1, inv_sqrt_correction2, eps, decay, adapted;
+
+  FUSEDOPT_HD LAMBRule(const Hyper& h, double step) : first_moment(1 - h.beta1) {
+    lr = T(h.lr);
+    beta2 = T(h.beta2);
+    one_minus_beta2 = T(1 - h.beta2);
+    inv_correction1 = T(1 / (1 - std::pow(h.beta1, step)));
+    inv_sqrt_correction2 = T(1 / std::sqrt(1 - std::pow(h.beta2, step)));
+    eps = T(h.eps);
+    decay = T(h.weight_decay);
+    adapted = T(h.weight_decay != 0 || h.always_adapt != 0);
+  }
+
+  FUSEDOPT_HD bool adapts() const { return adapted != T(0); }
+  FUSEDOPT_HD void adapt(double ratio) { lr *= T(ratio); }
+
+  FUSEDOPT_HD T move(T p, T g, T& m, T& v) const {
+    m = first_moment(m, g);
+    v = v * beta2 + one_minus_beta2 * g * g;
+    return m * inv_correction1 / (sqrt_of(v) * inv_sqrt_correction2 + eps) + decay * p;
+  }
+  FUSEDOPT_HD T direction(T p, T g, T m, T v) const { return move(p, g, m, v); }
+  FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const { p -= lr * move(p, g, m, v); }
+};
+
+template <class Rule, class = void>
+inline constexpr bool kNormed = false;
+template <class Rule>
+inline constexpr bool kNormed<Rule, std::void_t<decltype(&Rule::adapts)>> = true;
+
 // Every rule, in the order of Launch::rule. X(rule of T)
 // clang-format off
 template <class T> using Adam = AdamRule<T, false, false>;
@@ -240,10 +288,11 @@ template <class T> using Adagrad = AdagradRule<T>;
 template <class T> using SGD = SGDRule<T, false>;
 template <class T> using SGDMomentum = SGDRule<T, true>;
 template <class T> using Lion = LionRule<T>;
+template <class T> using LAMB = LAMBRule<T>;
 
 #define FUSEDOPT_RULES(X)                                                                                  \
   X(Adam) X(AdamAmsgrad) X(AdamW) X(AdamWAmsgrad) X(RMSprop) X(RMSpropMomentum) X(RMSpropCentered)         \
-  X(RMSpropCenteredMomentum) X(Adagrad) X(SGD) X(SGDMomentum) X(Lion)
+  X(RMSpropCenteredMomentum) X(Adagrad) X(SGD) X(SGDMomentum) X(Lion) X(LAMB)
 // clang-format on
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -52,7 +52,8 @@ struct Launch {
   int64_t n_rows;
   const Group* groups;
   int threads;
-  const Precision* precision;  // null: a plain step, without extras and codes
+  const Precision* precision;      // null: a plain step, without extras and codes
+  const double* ratios = nullptr;  // of rules that are kNormed: what each row's rule adapts to
 };
 
 }  // namespace fusedopt

@@ -7,9 +7,10 @@ criterion = nn.CrossEntropyLoss()    ->  criterion = fusedopt.nn.CrossEntropyLos
 from fusedopt import backends, nn, optim
 from fusedopt._version import __version__
 from fusedopt.nn import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDistillationLoss, MSELoss
-from fusedopt.optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from fusedopt.optim import LAMB, SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 
 __all__ = [
+    "LAMB",
     "SGD",
     "Adagrad",
     "Adam",

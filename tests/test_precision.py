@@ -93,11 +93,11 @@ def test_native_does_what_torchs_operations_do(case, mode, dtypes):
             loose += 2.1 * 4 * lr if case.name == "Lion" else 0  # the sign of next to nothing
             assert not difference.numel() or difference.max() <= loose, (i, engine, float(difference.max()), loose)
             if difference.numel() and case.name != "Lion":
-                assert difference.median() <= 1e-6 + coarse * scale
-                assert difference.mean() <= 1e-6 + coarse * scale + (0.02 * lr if kept_narrow else 0)
+                assert difference.median() <= 5e-6 + coarse * scale
+                assert difference.mean() <= 5e-6 + coarse * scale + (0.02 * lr if kept_narrow else 0)
             for key in optimizer._states(optimizer.param_groups[0]):
                 a, b = (precision.View(t, s, (key,)).values[key].double() for t, s in ((p, state), (q, expected)))
-                unit = {"8bit": 2 / 127, "bfloat16": 2**-7, "float16": 2**-9}.get(
+                unit = {"8bit": 4 / 127, "bfloat16": 2**-7, "float16": 2**-9}.get(
                     str(optimizer._state_kind(p)).removeprefix("torch."), 1e-5
                 )
                 assert not a.numel() or (a - b).abs().max() <= unit * b.abs().max() + 1e-7, (key, i, engine)
@@ -400,7 +400,7 @@ def test_save_load_step_is_step(case, mode, dtypes, tmp_path):
 @pytest.mark.parametrize("case", [c for c in WITH_LION if c.name != "Lion"], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_swaps_with_stock_and_back(case, mode):
-    """fusedopt, then torch.optim, then fusedopt: one run within tolerance; what stock left stale is dropped, and told."""
+    """fusedopt, torch.optim, fusedopt: one run within tolerance; what stock left stale is dropped, and told."""
     dtypes = "bf16" if mode in CANNOT["f32"] else "f32"
     params = large_params(dtypes)[3:]
     options = MODES[mode]

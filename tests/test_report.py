@@ -57,8 +57,8 @@ def test_json_report(capsys):
 def test_a_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
     step = cpu.step
 
-    def off_by_a_percent(table, groups):
-        return step(table, [([hyper[0] * 1.01, *hyper[1:]], factor) for hyper, factor in groups])
+    def off_by_a_percent(table, groups, precision):
+        return step(table, [([hyper[0] * 1.01, *hyper[1:]], factor) for hyper, factor in groups], precision)
 
     monkeypatch.setattr(cpu, "step", off_by_a_percent)
     assert report.main([]) == 1

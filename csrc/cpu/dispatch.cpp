@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -18,6 +19,7 @@ namespace fusedopt {
 #define FUSEDOPT_DECLARE(isa)                                                    \
   namespace isa {                                                                \
   CpuEngine::StepKernel step_kernel(const Launch&);                              \
+  CpuEngine::NormsKernel norms_kernel(const Launch&);                            \
   CpuEngine::CrossEntropyKernel cross_entropy_forward(const CrossEntropyArgs&);  \
   CpuEngine::CrossEntropyKernel cross_entropy_backward(const CrossEntropyArgs&); \
   CpuEngine::MseKernel mse(const MseArgs&);                                      \
@@ -28,8 +30,9 @@ FUSEDOPT_ISAS(FUSEDOPT_DECLARE)
 
 namespace {
 
-#define FUSEDOPT_ENGINE(isa) \
-  {#isa, isa::step_kernel, isa::cross_entropy_forward, isa::cross_entropy_backward, isa::mse, isa::norm},
+#define FUSEDOPT_ENGINE(isa)                                                                               \
+  {#isa,     isa::step_kernel, isa::norms_kernel, isa::cross_entropy_forward, isa::cross_entropy_backward, \
+   isa::mse, isa::norm},
 const CpuEngine kEngines[] = {FUSEDOPT_ISAS(FUSEDOPT_ENGINE)};
 #undef FUSEDOPT_ENGINE
 constexpr int kEngineCount = int(sizeof(kEngines) / sizeof(kEngines[0]));
@@ -113,6 +116,22 @@ int thread_index() {
 #endif
 }
 
+// The norm of each row's parameter over that of its direction; 1 where either is 0.
+std::vector<double> trust_ratios(const Launch& launch, const std::vector<Span>& spans, CpuEngine::NormsKernel kernel,
+                                 int threads) {
+  std::vector<size_t> at{0};
+  for (const Span& span : spans) at.push_back(at.back() + 2 * size_t(span.last_row - span.first_row + 1));
+  std::vector<double> sums(at.back(), 0.0), rows(2 * size_t(launch.n_rows), 0.0);
+  parallel_for(threads, int64_t(spans.size()),
+               [&](int64_t i) { kernel(launch, spans[size_t(i)], sums.data() + at[size_t(i)]); });
+  for (size_t i = 0; i < spans.size(); ++i)
+    for (size_t k = at[i]; k < at[i + 1]; ++k) rows[2 * size_t(spans[i].first_row) + k - at[i]] += sums[k];
+  std::vector<double> ratios;
+  for (size_t r = 0; r < rows.size(); r += 2)
+    ratios.push_back(rows[r] > 0 && rows[r + 1] > 0 ? std::sqrt(rows[r] / rows[r + 1]) : 1.0);
+  return ratios;
+}
+
 bool over_rows(CpuEngine::CrossEntropyKernel kernel, const CrossEntropyArgs& args, int threads) {
   if (!kernel) return false;
   // enough pieces to balance, large enough to be worth a turn; a thread prefetches the next row of its piece
@@ -172,7 +191,13 @@ bool cpu_step(const Launch& launch) {
   // every thread gets several spans of a small step, and a large one is cut where the cache likes it
   const int64_t span_size = std::clamp<int64_t>(total / (4 * threads), 4096, kSpan);
   const std::vector<Span> spans = cut(launch, span_size);
-  parallel_for(threads, int64_t(spans.size()), [&](int64_t i) { kernel(launch, spans[i]); });
+  Launch adapted = launch;
+  std::vector<double> ratios;
+  if (const CpuEngine::NormsKernel norms = engine()->norms_kernel(launch)) {
+    ratios = trust_ratios(launch, spans, norms, threads);
+    adapted.ratios = ratios.data();
+  }
+  parallel_for(threads, int64_t(spans.size()), [&](int64_t i) { kernel(adapted, spans[i]); });
   return true;
 }
 

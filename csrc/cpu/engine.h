@@ -32,6 +32,10 @@ struct CpuEngine {
   // The loop for a rule and its dtypes; null where there is none.
   using StepKernel = void (*)(const Launch&, const Span&);
   StepKernel (*step_kernel)(const Launch&);
+  // Of rules whose step depends on norms, null for others: adds the squares of each row's parameter and direction
+  // within the span to sums[2 * (row - first_row)] and the next.
+  using NormsKernel = void (*)(const Launch&, const Span&, double* sums);
+  NormsKernel (*norms_kernel)(const Launch&);
   // Rows [begin, end) of a cross entropy: forward (with the gradient when args.grad is set), or backward from lse.
   // `scratch` holds scratch_bytes(args), the calling thread's own.
   using CrossEntropyKernel = void (*)(const CrossEntropyArgs&, int64_t begin, int64_t end, void* scratch);

@@ -42,7 +42,7 @@ void step_span(const Launch& launch, const Span& span) {
 
 template <template <class> class RuleOf>
 CpuEngine::StepKernel for_dtypes(const Launch& l) {
-  if (l.precision) return nullptr;
+  if (l.precision || kNormed<RuleOf<float>>) return nullptr;
   const auto is = [&](Dtype p, Dtype g, Dtype s) { return l.param == p && l.grad == g && l.state == s; };
   if (is(Dtype::kF32, Dtype::kF32, Dtype::kF32)) return step_span<RuleOf, float, float, float>;
   if (is(Dtype::kBF16, Dtype::kBF16, Dtype::kBF16)) return step_span<RuleOf, bf16, bf16, bf16>;

@@ -255,6 +255,57 @@ void step_doubles(const Launch& launch, const Span& span) {
   });
 }
 
+// --- norms ahead of the step ---
+
+template <class Rule, class T>
+void add_squares(const Rule& rule, const T* w, const T* g, const T* m, const T* v, int n, T grad_factor, double* sums) {
+  using Real = Compute<T>;
+  Real of_weights = 0, of_direction = 0;
+#pragma omp simd reduction(+ : of_weights, of_direction)
+  for (int i = 0; i < n; ++i) {
+    const T along = rule.direction(w[i], g[i] * grad_factor, m[i], v[i]);
+    of_weights += w[i] * w[i];
+    of_direction += along * along;
+  }
+  sums[0] += double(of_weights);
+  sums[1] += double(of_direction);
+}
+
+template <template <class> class RuleOf>
+void norms_of_floats(const Launch& launch, const Span& span, double* sums) {
+  using Rule = RuleOf<float>;
+  static_assert(Rule::kStates == 2);
+  const Precision precision{};
+  const Row* const first_row = launch.rows + span.first_row;
+  for_rows<Rule>(launch, span, [&](const Rule& rule, const Row& row, int64_t first, int64_t last) {
+    if (!row.grad || !rule.adapts()) return;
+    alignas(64) float room[2 + kMaxStates][kBlock];
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      const int n = int(last - begin < kBlock ? last - begin : kBlock);
+      const float* const w = weights(row, launch.param, begin, n, room[0]);
+      const float* const g = floats(const_cast<void*>(row.grad), launch.grad, begin, n, room[1]);
+      States<Rule> states{precision, row, launch.state, begin, n, {}};
+      states.load_all(room + 2);
+      add_squares(rule, w, g, states.values[0], states.values[1], n, float(launch.groups[row.group].grad_factor),
+                  sums + 2 * (&row - first_row));
+    }
+  });
+}
+
+template <template <class> class RuleOf>
+void norms_of_doubles(const Launch& launch, const Span& span, double* sums) {
+  using Rule = RuleOf<double>;
+  const Row* const first_row = launch.rows + span.first_row;
+  for_rows<Rule>(launch, span, [&](const Rule& rule, const Row& row, int64_t first, int64_t last) {
+    if (!row.grad || !rule.adapts()) return;
+    const auto at = [&](const void* data, int64_t begin) { return static_cast<const double*>(data) + begin; };
+    for (int64_t begin = first; begin < last; begin += kBlock)
+      add_squares(rule, at(row.param, begin), at(row.grad, begin), at(row.state[0], begin), at(row.state[1], begin),
+                  int(last - begin < kBlock ? last - begin : kBlock), launch.groups[row.group].grad_factor,
+                  sums + 2 * (&row - first_row));
+  });
+}
+
 bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kBF16 || dtype == Dtype::kF16; }
 
 template <template <class> class RuleOf>
@@ -266,7 +317,23 @@ CpuEngine::StepKernel for_dtypes(const Launch& l) {
   return nullptr;
 }
 
+template <template <class> class RuleOf>
+CpuEngine::NormsKernel norms_for(const Launch& l) {
+  if constexpr (kNormed<RuleOf<float>>)
+    return l.param == Dtype::kF64 ? norms_of_doubles<RuleOf> : norms_of_floats<RuleOf>;
+  return nullptr;
+}
+
 }  // namespace
+
+CpuEngine::NormsKernel norms_kernel(const Launch& launch) {
+  int rule = 0;
+#define FUSEDOPT_TRY(R) \
+  if (launch.rule == rule++) return norms_for<R>(launch);
+  FUSEDOPT_RULES(FUSEDOPT_TRY)
+#undef FUSEDOPT_TRY
+  return nullptr;
+}
 
 CpuEngine::StepKernel precise_step_kernel(const Launch& launch) {
   int rule = 0;

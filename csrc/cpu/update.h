@@ -53,14 +53,17 @@ FUSEDOPT_HD void for_rows(const Launch& launch, const Span& span, const Work& wo
   const auto derive = [&](const Row& row) {
     typename Rule::Hyper hyper;
     std::memcpy(&hyper, launch.groups[row.group].hyper, sizeof hyper);
-    return Rule(hyper, row.step);
+    Rule rule(hyper, row.step);
+    if constexpr (kNormed<Rule>)
+      if (launch.ratios && rule.adapts()) rule.adapt(launch.ratios[&row - launch.rows]);
+    return rule;
   };
   // Neighbours mostly share group and step: two pow() per tensor would cost more than a small tensor's update.
   const Row* derived_for = &launch.rows[span.first_row];
   Rule rule = derive(*derived_for);
   for (int64_t r = span.first_row; r <= span.last_row; ++r) {
     const Row& row = launch.rows[r];
-    if (row.group != derived_for->group || row.step != derived_for->step) {
+    if (kNormed<Rule> || row.group != derived_for->group || row.step != derived_for->step) {
       rule = derive(row);
       derived_for = &row;
     }
