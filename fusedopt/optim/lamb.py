@@ -35,9 +35,9 @@ def lamb(
             param, grad, exp_avg, exp_avg_sq = map(torch.view_as_real, (param, grad, exp_avg, exp_avg_sq))
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        count = step.double()
-        denominator = (exp_avg_sq / (1 - beta2**count)).sqrt_().add_(eps)
-        direction = (exp_avg / (1 - beta1**count)).div_(denominator).add_(param, alpha=weight_decay)
+        correction1, correction2 = ((1 - beta ** step.double()).to(exp_avg.dtype) for beta in (beta1, beta2))
+        denominator = (exp_avg_sq / correction2).sqrt_().add_(eps)
+        direction = (exp_avg / correction1).div_(denominator).add_(param, alpha=weight_decay)
         if weight_decay != 0 or always_adapt:
             wide = torch.promote_types(param.dtype, torch.float32)
             length, stride = (torch.linalg.vector_norm(t, dtype=wide) for t in (param, direction))
