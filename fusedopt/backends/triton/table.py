@@ -250,37 +250,33 @@ class DeviceTable:
 
 
 def _kinds(launch: Launch, precision: Precision | None) -> list[Kind | None]:
-    """How a launch's tensors are kept, None for plainly: of the rows without a master weight, and of those with one."""
+    """How a launch's tensors are kept: of the rows without a master weight, and of those with one; or all plainly."""
     plain = (launch.param, launch.grad, launch.state) in PLAIN
     if not len(launch.chunk_rows):
         return []
-    if precision is None and plain:
+    if plain and precision is None:
         return [None]
-    rule, rows, grads = RULES[launch.rule], torch.as_tensor(launch.rows), torch.as_tensor(launch.grads)
+    rows, grads = torch.as_tensor(launch.rows), torch.as_tensor(launch.grads)
+    masters = sorted(set(rows[rows[:, 5] != 0, 11].bool().tolist()))  # an empty tensor's is null
     averaged = bool(rows[:, 12].any())
+    stochastic = precision is not None and precision[1] and torch.bfloat16 in (launch.param, launch.state)
+    if plain and not (any(masters) or averaged or stochastic) and bool(grads.all()):
+        return [None]
     signed = cpu.rules()[launch.rule][3]
-    kinds: list[Kind | None] = []
-    for whole in sorted(set((rows[:, 11] != 0).tolist())):
-        rounded = {None if whole else launch.param, launch.state}
-        stochastic = precision is not None and precision[1] and torch.bfloat16 in rounded
-        if plain and not (averaged or whole or stochastic) and bool(grads.all()):
-            kinds.append(None)
-            continue
-        states = [
-            _DTYPE.get(launch.state) or (tl.int8 if signed >> k & 1 else tl.uint8) for k in range(len(rule.states))
-        ]
-        kinds.append(
-            Kind(
-                _DTYPE[launch.param],
-                _DTYPE[launch.grad],
-                tuple(states),
-                coded=launch.state == "8bit",
-                master=_MASTER[launch.param] if whole else None,
-                averaged=averaged,
-                stochastic=stochastic,
-            )
+    code = [tl.int8 if signed >> k & 1 else tl.uint8 for k in range(len(RULES[launch.rule].states))]
+    coded = launch.state == "8bit"
+    return [
+        Kind(
+            _DTYPE[launch.param],
+            _DTYPE[launch.grad],
+            tuple(code if coded else [_DTYPE[launch.state]] * len(code)),
+            coded,
+            master=_MASTER[launch.param] if has_master else None,
+            averaged=averaged,
+            stochastic=stochastic,
         )
-    return kinds
+        for has_master in masters
+    ]
 
 
 @functools.cache
