@@ -56,8 +56,8 @@ def _nearest(x):
 
 
 @triton.jit
-def _encode(values, mask, CODE: tl.constexpr, BLOCK: tl.constexpr):
-    x = _by_block(tl.where(mask, values, 0.0), BLOCK)
+def _encode(values, CODE: tl.constexpr, BLOCK: tl.constexpr):
+    x = _by_block(values, BLOCK)
     # the magnitudes' bits: their order puts NaN above infinity above numbers
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     scale = tl.where(largest >= 0x7F800000, 0x7FC00000, tl.maximum(largest, 0x00800000))
@@ -168,10 +168,14 @@ def _walk(
     for begin in range(first + part * BLOCK, last, split * BLOCK):
         at = begin + tl.arange(0, BLOCK)
         there = at < last
-        mask = there & moves
+        mask = there
+        if KIND.averaged:
+            mask = there & moves
         if KIND.coded:
             block = begin // CODES + tl.arange(0, BLOCK // CODES)
-            block_mask = (block * CODES < last) & moves
+            block_mask = block * CODES < last
+            if KIND.averaged:
+                block_mask = block_mask & moves
 
         stored = tl.load(param + at, there)
         g = tl.load(grad + at, mask, other=0.0, eviction_policy="evict_first").to(COMPUTE) * factor
@@ -191,12 +195,16 @@ def _walk(
 
         for k in tl.static_range(STATES):
             if KIND.coded:
-                s, scales = _encode(states[k], mask, KIND.states[k], BLOCK)
+                s = states[k]
+                if not ALIGNED:  # else whole blocks are masked, or nothing of them
+                    s = tl.where(mask, s, 0.0)
+                s, scales = _encode(s, KIND.states[k], BLOCK)
                 tl.store(scale[k].to(tl.pointer_type(tl.float32)) + block, scales, block_mask)
             else:
                 s = _narrow(states[k], noise, begin, 1 + k, KIND.states[k], KIND.stochastic)
             tl.store(pointers[k] + at, s, mask, eviction_policy="evict_first")
-        p = tl.where(moves, p, old)
+        if KIND.averaged:
+            p = tl.where(moves, p, old)
         if KIND.master is not None:
             stored, rest = _split(p, KIND.param)
             tl.store(master + at, rest, mask, eviction_policy="evict_first")
@@ -246,6 +254,8 @@ def update(
         count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
         master = tl.load(entry + 11)
         count = tl.where((master != 0) == (KIND.master is not None), count, 0)
+        if not KIND.averaged:
+            count = tl.where(tl.load(grads + row) != 0, count, 0)
 
         scratch_row = scratch + row * (SCALARS + 1)
         scalars = ()
@@ -276,5 +286,5 @@ def update(
         # fmt: off
         _walk(addresses, 0, whole, part, split, scalars, factor, share, noise, UPDATE, KIND, BLOCK, True)
         # blocks of another size: of the same, the compiler would give both walks one layout and shuffle between two
-        _walk(addresses, whole, count, part, split, scalars, factor, share, noise, UPDATE, KIND, BLOCK // 2, False)
+        _walk(addresses, whole, count, part, split, scalars, factor, share, noise, UPDATE, KIND, min(BLOCK // 2, CODES), False)
         # fmt: on
