@@ -72,7 +72,7 @@ class ByHand:
                 states = [t.data_ptr() for key, t in self.state[p].items() if key != "step"]
                 pointers = [p.data_ptr(), *states, *[0] * (3 - len(states)), self.counters[p].data_ptr()]
                 rows.append([*pointers, p.numel(), first[len(rows)], g, *[0] * 6])
-                grads.append(grad.data_ptr())
+                grads.append(grad.data_ptr() or 1)  # null would be: has no gradient
                 numels.append(p.numel())
         some = self.param_groups[0]["params"][0]
         launch = backend.Launch(

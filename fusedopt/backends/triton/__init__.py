@@ -54,8 +54,8 @@ __all__ = [
 name = "triton"
 device_types = frozenset({"cuda", "xpu"})  # PyTorch calls AMD's GPUs "cuda" too
 
-# parameter, gradient, state: as csrc/cpu/step.cpp has them
-_DTYPES = frozenset(
+# parameter, gradient, state of the plain update, as csrc/cpu/step.cpp has them
+PLAIN = frozenset(
     {
         (torch.float32, torch.float32, torch.float32),
         (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -65,6 +65,9 @@ _DTYPES = frozenset(
         (torch.float64, torch.float64, torch.float64),
     }
 )
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Precision = tuple[float, bool, int]  # csrc/step.h's: ema_weight, stochastic, seed
 
 
 class Launch(NamedTuple):
@@ -76,7 +79,7 @@ class Launch(NamedTuple):
     rule: str
     param: torch.dtype
     grad: torch.dtype
-    state: torch.dtype
+    state: torch.dtype | str  # "8bit": codes
     rows: Any  # (n_rows, 14) int64
     grads: Any  # (n_rows,) int64
     chunk_rows: Any  # (n_chunks,) int32
@@ -104,9 +107,10 @@ def remedy() -> str:
     return "install the Triton that belongs to your PyTorch: pip install --force-reinstall torch"
 
 
-def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
-    """Whether there is a kernel for a rule with these dtypes."""
-    return (param, grad, state) in _DTYPES and _name_of(rule) in rule_names()
+def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype | str) -> bool:
+    """Whether there is a kernel for a rule with these dtypes; "8bit" stands for codes."""
+    precise = param in _FLOATS and grad in _FLOATS and (state in _FLOATS or state == "8bit")
+    return (precise or (param, grad, state) in PLAIN) and _name_of(rule) in rule_names()
 
 
 @functools.cache
@@ -146,6 +150,7 @@ class Stepper:
         groups: list[tuple[list[float], float, int, bool]],
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
+        precision: Precision | None = None,
     ) -> int:
         """Update the table's active tensors on this device; returns the number of kernels launched."""
         sent, launches = self._laid_out(table)
@@ -155,7 +160,7 @@ class Stepper:
         scalars = [
             None if s is None else s.to(self.device, torch.float32, non_blocking=True) for s in (found_inf, grad_scale)
         ]
-        return sent.step(launches, _group_words(groups), *scalars)
+        return sent.step(launches, _group_words(groups), *scalars, precision)
 
     def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> Tensor:
         """() float64 on the device: of the gradients that the next step() takes, in one order whatever the hardware."""
@@ -179,7 +184,7 @@ class Stepper:
         launches = [
             Launch(
                 _name_of(rule),
-                *(getattr(torch, dtype) for dtype in dtypes),
+                *(getattr(torch, dtype, dtype) for dtype in dtypes),
                 _words(rows, torch.int64).view(-1, 14),
                 _words(grads, torch.int64),
                 _words(chunk_rows, torch.int32),

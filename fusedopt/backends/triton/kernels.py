@@ -1,10 +1,10 @@
-"""The two kernels of a step, for every rule, dtype and number of tensors.
+"""The two kernels of a plain step, for every rule, dtype and number of tensors; precise.py has the other update.
 
 What they read, in 64-bit words (csrc/step.h):
 
     rows    (n_rows, 14)  param, state0, state1, state2, step counter, numel, first chunk, group, scale0, scale1,
                           scale2, master, ema, index
-    grads   (n_rows,)     pointers
+    grads   (n_rows,)     pointers, null where the average alone moves
     chunks  (n_chunks,)   int32: the row that a chunk of CHUNK elements belongs to
     groups  (n, 11)       hyper[8] and the gradient's factor (float64 bits), lr pointer, lr is float64
 
@@ -24,6 +24,7 @@ GROUP = tl.constexpr(11)
 @triton.jit(do_not_specialize=["n_rows", "found_inf", "grad_scale"])
 def prepare(
     rows,
+    grads,
     groups,
     scratch,  # (n_rows, SCALARS + 1) in the compute type, written: the rule's scalars and the gradient's factor
     n_rows,
@@ -34,15 +35,15 @@ def prepare(
     SCALARS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A thread per row: advance its step counter, derive its rule's scalars. In a launch of its own: in `update` many
-    programs work on one row."""
+    """A thread per row: advance its step counter where it has a gradient, derive its rule's scalars. In a launch of its
+    own: in `update` many programs work on one row."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     active = row < tl.where(tl.load(found_inf) == 0, n_rows, 0)
     row = row.to(tl.int64)
     group = groups + tl.load(rows + row * ROW + 7, active, other=0) * GROUP
 
     counter = tl.load(rows + row * ROW + 4, active, other=0)
-    counts = active & (counter != 0)
+    counts = active & (counter != 0) & (tl.load(grads + row, active, other=0) != 0)
     counter = counter.to(tl.pointer_type(tl.float32))
     step = tl.load(counter, counts, other=0.0) + 1
     tl.store(counter, step, counts)
@@ -68,7 +69,7 @@ def prepare(
 
 
 @triton.jit
-def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         # said of the pointer: said of the integer it is lost in the cast, and every element is loaded alone
@@ -96,11 +97,11 @@ def _walk(
     ALIGNED: tl.constexpr,
 ):
     """Update elements [first, last), this program's part of them: every `split`-th block."""
-    param = _pointer(param, PARAM, ALIGNED)
-    grad = _pointer(grad, GRAD, ALIGNED)
+    param = pointer_to(param, PARAM, ALIGNED)
+    grad = pointer_to(grad, GRAD, ALIGNED)
     pointers = ()
     for k in tl.static_range(STATES):
-        pointers += (_pointer(state[k], STATE, ALIGNED),)
+        pointers += (pointer_to(state[k], STATE, ALIGNED),)
     for begin in range(first + part * BLOCK, last, split * BLOCK):
         at = begin + tl.arange(0, BLOCK)
         mask = at < last
@@ -172,7 +173,7 @@ def update(
 @triton.jit
 def _sum_squares(grad, first, last, GRAD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """Of elements [first, last), a lane at a time; in double, as no square overflows there."""
-    grad = _pointer(grad, GRAD, ALIGNED)
+    grad = pointer_to(grad, GRAD, ALIGNED)
     total = tl.zeros((BLOCK,), tl.float64)
     for begin in range(first, last, BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -200,7 +201,9 @@ def sum_squares(
         entry = rows + row * ROW
         start = (chunk - tl.load(entry + 6)) * CHUNK
         count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
-        grad = tl.load(grads + row) + start * (GRAD.primitive_bitwidth // 8)
+        address = tl.load(grads + row)
+        count = tl.where(address != 0, count, 0)
+        grad = address + start * (GRAD.primitive_bitwidth // 8)
         whole = tl.multiple_of(tl.where(grad % 16 == 0, count // VECTOR * VECTOR, 0), VECTOR)
         total = tl.sum(_sum_squares(grad, 0, whole, GRAD, BLOCK, True), 0)
         total += tl.sum(_sum_squares(grad, whole, count, GRAD, BLOCK // 2, False), 0)

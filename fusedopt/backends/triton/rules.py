@@ -34,7 +34,7 @@ def _sqrt(x):
 
 
 @triton.jit
-def _divide(x, y):
+def divide(x, y):
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -48,14 +48,14 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _lerp_scalars(weight):
+def lerp_scalars(weight):
     near = weight < 0.5
     return tl.where(near, -1.0, 1.0), tl.where(near, weight, weight - 1)
 
 
 # torch.lerp, exact at both ends: it starts from the nearer one.
 @triton.jit
-def _lerp(start, end, side, weight):
+def lerp(start, end, side, weight):
     return tl.where(side > 0, end, start) + weight * (end - start)
 
 
@@ -70,7 +70,7 @@ def _with_l2(g, p, weight_decay):
 
 @triton.jit
 def _adam_scalars(lr, beta1, beta2, eps, decay, l2, step):
-    side, weight = _lerp_scalars(1 - beta1)
+    side, weight = lerp_scalars(1 - beta1)
     step_size = lr / (1 - _power(beta1, step))
     inv_sqrt_correction2 = 1 / tl.sqrt(1 - _power(beta2, step))
     return side, weight, decay, l2, beta2, 1 - beta2, step_size, inv_sqrt_correction2, eps
@@ -93,13 +93,13 @@ def _adam_moments(p, g, m, v, scalars):
     side, weight, decay, l2, beta2, one_minus_beta2, _, _, _ = scalars
     p = p * decay
     g = _with_l2(g, p, l2)
-    return p, _lerp(m, g, side, weight), v * beta2 + one_minus_beta2 * g * g
+    return p, lerp(m, g, side, weight), v * beta2 + one_minus_beta2 * g * g
 
 
 @triton.jit
 def _adam_move(p, m, v, scalars):
     _, _, _, _, _, _, step_size, inv_sqrt_correction2, eps = scalars
-    return p - _divide(step_size * m, _sqrt(v) * inv_sqrt_correction2 + eps)
+    return p - divide(step_size * m, _sqrt(v) * inv_sqrt_correction2 + eps)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def adam_amsgrad(p, g, states, scalars):
 @triton.jit
 def rmsprop_scalars(hyper, step):
     lr, alpha, eps, weight_decay, momentum = hyper
-    side, weight = _lerp_scalars(1 - alpha)
+    side, weight = lerp_scalars(1 - alpha)
     return side, weight, lr, alpha, 1 - alpha, eps, weight_decay, momentum
 
 
@@ -138,7 +138,7 @@ def _rmsprop_average(p, g, sq, scalars):
 @triton.jit
 def _rmsprop_center(g, sq, g_avg, scalars):
     side, weight, _, _, _, _, _, _ = scalars
-    g_avg = _lerp(g_avg, g, side, weight)
+    g_avg = lerp(g_avg, g, side, weight)
     variance = sq - g_avg * g_avg
     return g_avg, tl.where(variance < 0, 0.0, variance)
 
@@ -146,13 +146,13 @@ def _rmsprop_center(g, sq, g_avg, scalars):
 @triton.jit
 def _rmsprop_move(p, g, variance, scalars):
     _, _, lr, _, _, eps, _, _ = scalars
-    return p - _divide(lr * g, _sqrt(variance) + eps)
+    return p - divide(lr * g, _sqrt(variance) + eps)
 
 
 @triton.jit
 def _rmsprop_move_with_momentum(p, g, variance, buffer, scalars):
     _, _, lr, _, _, eps, _, momentum = scalars
-    buffer = momentum * buffer + _divide(g, _sqrt(variance) + eps)
+    buffer = momentum * buffer + divide(g, _sqrt(variance) + eps)
     return p - lr * buffer, buffer
 
 
@@ -203,7 +203,7 @@ def adagrad(p, g, states, scalars):
     step_size, eps, l2 = scalars
     g = _with_l2(g, p, l2)
     total = total + g * g
-    return p - _divide(step_size * g, _sqrt(total) + eps), (total,)
+    return p - divide(step_size * g, _sqrt(total) + eps), (total,)
 
 
 # --- SGD: the first step of a tensor fills the buffer, undampened ---
@@ -238,8 +238,8 @@ def sgd_momentum(p, g, states, scalars):
 @triton.jit
 def lion_scalars(hyper, step):
     lr, beta1, beta2, weight_decay = hyper
-    blend_side, blend = _lerp_scalars(1 - beta1)
-    average_side, average = _lerp_scalars(1 - beta2)
+    blend_side, blend = lerp_scalars(1 - beta1)
+    average_side, average = lerp_scalars(1 - beta2)
     return blend_side, blend, average_side, average, lr, 1 - lr * weight_decay
 
 
@@ -247,9 +247,9 @@ def lion_scalars(hyper, step):
 def lion(p, g, states, scalars):
     (m,) = states
     blend_side, blend, average_side, average, lr, decay = scalars
-    direction = _lerp(m, g, blend_side, blend)
+    direction = lerp(m, g, blend_side, blend)
     sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, direction))  # 0 and NaN stay
-    return p * decay - lr * sign, (_lerp(m, g, average_side, average),)
+    return p * decay - lr * sign, (lerp(m, g, average_side, average),)
 
 
 # --- every rule, in the order of csrc/rules.h ---

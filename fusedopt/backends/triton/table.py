@@ -10,8 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt.backends.triton import Launch, kernels
+from fusedopt.backends import cpu
+from fusedopt.backends.triton import PLAIN, Launch, Precision, kernels, precise
 from fusedopt.backends.triton.options import options
+from fusedopt.backends.triton.precise import Kind
 from fusedopt.backends.triton.rules import RULES
 
 _DTYPE = {
@@ -22,8 +24,11 @@ _DTYPE = {
 }
 
 
+_MASTER = {torch.bfloat16: tl.int16, torch.float16: tl.float32}
+
+
 class Tuning(NamedTuple):
-    """How `update` is launched: by width of the parameter's dtype, never by a tensor's size."""
+    """How an update is launched: by width of the parameter's dtype, never by a tensor's size."""
 
     block: int  # elements
     programs: tuple[int, ...]  # resident per multiprocessor, by number of states
@@ -39,7 +44,15 @@ TUNING = {
     2: Tuning(8 * THREADS, (10, 7, 5, 4)),
 }
 
-_START = 2  # words: the first two hold "no inf found" and "gradients are not scaled", for steps without GradScaler
+# of precise.update: eight elements per thread share a call of Philox, and a warp has the codes of a scale
+PRECISE = {
+    8: Tuning(2 * THREADS, (8, 5, 4, 4)),
+    4: Tuning(4 * THREADS, (8, 6, 5, 5)),
+    2: Tuning(8 * THREADS, (6, 5, 4, 4)),
+}
+
+_TOLD = 2  # words: the first two hold "no inf found" and "gradients are not scaled", for steps without GradScaler
+_START = 4
 
 
 class DeviceTable:
@@ -56,6 +69,10 @@ class DeviceTable:
         self._groups: Tensor | None = None
         self._words: Tensor | None = None
         self._sent: list[Tensor] = []
+        self._precision: Precision | None = None
+        self._told = torch.zeros(2, dtype=torch.int64)  # of it
+        self._kinds: list[Any] = []
+        self._tables: list[tuple[Tensor, ...]] = []
         self._prepares: list[Callable[..., Any]] = []
         self._updates: list[Callable[..., Any]] = []
         self._measures: list[tuple[Callable[..., Any], int]] = []  # and how many chunks
@@ -80,10 +97,14 @@ class DeviceTable:
         groups: Tensor,  # (n_groups, 11) int64
         found_inf: Tensor | None = None,  # float32 scalar on the device
         grad_scale: Tensor | None = None,  # float32 scalar on the device
+        precision: Precision | None = None,
     ) -> int:
-        """Update the tensors; returns the number of kernels launched: at most two per Launch."""
+        """Update the tensors; returns the number of kernels launched: at most two per Launch, or three where some of
+        its rows have a master weight and others have none."""
         with torch.accelerator.device_index(self._device.index if self._on_gpu else None):
+            self._tell(precision)
             self._send(launches, torch.as_tensor(groups))
+            self._choose(launches)
             found_inf = self._no_inf if found_inf is None else found_inf
             grad_scale = self._no_scale if grad_scale is None else grad_scale
             for prepare in self._prepares:
@@ -91,6 +112,16 @@ class DeviceTable:
             for update in self._updates:
                 update(found_inf)
         return len(self._prepares) + len(self._updates)
+
+    def _tell(self, precision: Precision | None) -> None:
+        if precision == self._precision:
+            return
+        ema_weight, _, seed = precision or (0.0, False, 0)
+        share = torch.tensor([ema_weight], dtype=torch.float64).view(torch.int64)
+        self._told = torch.cat([share, torch.tensor([seed], dtype=torch.uint64).view(torch.int64)])
+        if self._words is not None:
+            self._upload(_TOLD, [(0, self._told)])
+        self._precision, self._kinds = precision, []
 
     def _send(self, launches: Sequence[Launch], groups: Tensor) -> None:
         layout = [groups.shape, *((*launch[:4], len(launch.rows), len(launch.chunk_rows)) for launch in launches)]
@@ -101,16 +132,16 @@ class DeviceTable:
                 self._upload(_START, [(0, groups)])
                 self._groups = groups.clone()
             return
-        constants = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float32)
-        parts = [(0, constants), (_START, groups)]
+        constants = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float32).view(torch.int64)
+        parts = [(0, torch.cat([constants, self._told])), (_START, groups)]
         for launch, (rows, grads, chunks) in zip(launches, self._places, strict=True):
             parts += [(rows, launch.rows), (grads, launch.grads), (chunks, launch.chunk_rows)]
         self._upload(0, parts)
         self._layout, self._groups = layout, groups.clone()
 
     def _lay_out(self, launches: Sequence[Launch], groups: Tensor) -> None:
-        """Allocate for these sizes, and bind the launches to their addresses."""
-        self._layout = []
+        """Allocate for these sizes, and bind what does not depend on how the tensors are kept."""
+        self._layout, self._kinds = [], []
         self._places = []
         end = _START + groups.numel()
         for launch in launches:
@@ -128,52 +159,79 @@ class DeviceTable:
         self._words = torch.empty(end, dtype=torch.int64, device=self._device)
         self._no_inf, self._no_scale = self._words[:1].view(torch.float32)[0], self._words[1:2].view(torch.float32)[0]
 
-        self._prepares, self._updates, self._measures = [], [], []
+        self._tables, self._prepares, self._measures = [], [], []
         for launch, place, scratch_at in zip(launches, self._places, scratch, strict=True):
-            self._bind(launch, *(self._words[at:] for at in (_START, *place, scratch_at)))
+            rows, grads, chunks, derived = (self._words[at:] for at in (*place, scratch_at))
+            derived = derived.view(torch.float64 if launch.param == torch.float64 else torch.float32)
+            self._tables.append((rows, grads, chunks.view(torch.int32), derived))
+            self._bind_prepare(launch, *self._tables[-1])
+            self._bind_measure(launch, *self._tables[-1])
 
-    def _bind(
-        self, launch: Launch, groups: Tensor, rows: Tensor, grads: Tensor, chunks: Tensor, scratch: Tensor
-    ) -> None:
-        rule, tuning = RULES[launch.rule], TUNING[launch.param.itemsize]
-        scratch = scratch.view(torch.float64 if launch.param == torch.float64 else torch.float32)
-        n_rows, n_chunks = len(launch.rows), len(launch.chunk_rows)
-        compiler = options(self._device, THREADS)
-        if n_rows:
+    def _bind_prepare(self, launch: Launch, rows: Tensor, grads: Tensor, _: Tensor, scratch: Tensor) -> None:
+        if n_rows := len(launch.rows):
+            rule = RULES[launch.rule]
             self._prepares.append(
                 functools.partial(
                     kernels.prepare[(-(-n_rows // THREADS),)],
-                    *(rows, groups, scratch, n_rows),
+                    *(rows, grads, self._words[_START:], scratch, n_rows),
                     DERIVE=rule.derive,
                     HYPER=len(rule.hyper),
                     SCALARS=rule.scalars,
                     BLOCK=THREADS,
-                    **compiler,
+                    **options(self._device, THREADS),
                 )
             )
-        if n_chunks:
-            programs = _multiprocessors(self._device) * tuning.programs[len(rule.states)]
-            split = max(1, min(programs // n_chunks, kernels.CHUNK.value // tuning.block))
-            arguments = (rows, grads, chunks.view(torch.int32), scratch, n_chunks, split)
-            constants = {
-                "UPDATE": rule.update,
-                "SCALARS": rule.scalars,
+
+    def _bind_measure(self, launch: Launch, rows: Tensor, grads: Tensor, chunks: Tensor, _: Tensor) -> None:
+        if n_chunks := len(launch.chunk_rows):
+            measure = functools.partial(
+                kernels.sum_squares[(min(n_chunks, 8 * _multiprocessors(self._device)),)],
+                *(rows, grads, chunks, n_chunks),
+                GRAD=_DTYPE[launch.grad],
+                BLOCK=16 // launch.grad.itemsize * THREADS,
+                **options(self._device, THREADS),
+            )
+            self._measures.append((measure, n_chunks))
+
+    def _choose(self, launches: Sequence[Launch]) -> None:
+        """Bind the updates that the launches need at this precision."""
+        if self._kinds and not any(launch.changed for launch in launches):
+            return
+        kinds = [_kinds(launch, self._precision) for launch in launches]
+        if kinds == self._kinds:
+            return
+        self._updates = [
+            self._bind_update(launch, kind, *tables)
+            for launch, its_kinds, tables in zip(launches, kinds, self._tables, strict=True)
+            for kind in its_kinds
+        ]
+        self._kinds = kinds
+
+    def _bind_update(
+        self, launch: Launch, kind: Kind | None, rows: Tensor, grads: Tensor, chunks: Tensor, scratch: Tensor
+    ) -> Callable[..., Any]:
+        rule, n_chunks = RULES[launch.rule], len(launch.chunk_rows)
+        tuning = (TUNING if kind is None else PRECISE)[launch.param.itemsize]
+        programs = _multiprocessors(self._device) * tuning.programs[len(rule.states)]
+        split = max(1, min(programs // n_chunks, kernels.CHUNK.value // tuning.block))
+        constants = {"UPDATE": rule.update, "SCALARS": rule.scalars, "BLOCK": tuning.block}
+        if kind is None:
+            kernel, arguments = kernels.update, (rows, grads, chunks, scratch, n_chunks, split)
+            constants |= {
                 "STATES": len(rule.states),
                 "PARAM": _DTYPE[launch.param],
                 "GRAD": _DTYPE[launch.grad],
                 "STATE": _DTYPE[launch.state],
-                "BLOCK": tuning.block,
             }
-            grid = (min(n_chunks * split, programs),)
-            # compiled before anything runs: should it fail, no step counter has moved
-            kernels.update.warmup(*arguments, self._no_inf, grid=grid, **constants, **compiler)
-            measures = min(n_chunks, 8 * _multiprocessors(self._device))
-            block = 16 // launch.grad.itemsize * THREADS
-            measure = kernels.sum_squares[(measures,)]
-            tables = (rows, grads, chunks.view(torch.int32), n_chunks)
-            bound = functools.partial(measure, *tables, GRAD=_DTYPE[launch.grad], BLOCK=block, **compiler)
-            self._measures.append((bound, n_chunks))
-            self._updates.append(functools.partial(kernels.update[grid], *arguments, **constants, **compiler))
+        else:
+            kernel = precise.update
+            arguments = (rows, grads, chunks, scratch, self._words[_TOLD:], n_chunks, split)
+            constants["KIND"] = kind
+        grid = (min(n_chunks * split, programs),)
+        compiler = options(self._device, THREADS)
+        # compiled before anything runs: should it fail, no step counter has moved
+        kernel.warmup(*arguments, self._no_inf, grid=grid, **constants, **compiler)
+        return functools.partial(kernel[grid], *arguments, **constants, **compiler)
 
     def _upload(self, begin: int, parts: list[tuple[int, Any]]) -> None:
         """Copy arrays to words begin + offset, in one copy that nobody waits for."""
@@ -189,6 +247,36 @@ class DeviceTable:
 
     def _capturing(self) -> bool:
         return self._on_gpu and torch.get_device_module(self._device).is_current_stream_capturing()
+
+
+def _kinds(launch: Launch, precision: Precision | None) -> list[Kind | None]:
+    """How a launch's tensors are kept: of the rows without a master weight, and of those with one; or all plainly."""
+    plain = (launch.param, launch.grad, launch.state) in PLAIN
+    if not len(launch.chunk_rows):
+        return []
+    if plain and precision is None:
+        return [None]
+    rows, grads = torch.as_tensor(launch.rows), torch.as_tensor(launch.grads)
+    masters = sorted(set(rows[rows[:, 5] != 0, 11].bool().tolist()))  # an empty tensor's is null
+    averaged = bool(rows[:, 12].any())
+    stochastic = precision is not None and precision[1] and torch.bfloat16 in (launch.param, launch.state)
+    if plain and not (any(masters) or averaged or stochastic) and bool(grads.all()):
+        return [None]
+    signed = cpu.rules()[launch.rule][3]
+    code = [tl.int8 if signed >> k & 1 else tl.uint8 for k in range(len(RULES[launch.rule].states))]
+    coded = launch.state == "8bit"
+    return [
+        Kind(
+            _DTYPE[launch.param],
+            _DTYPE[launch.grad],
+            tuple(code if coded else [_DTYPE[launch.state]] * len(code)),
+            coded,
+            master=_MASTER[launch.param] if has_master else None,
+            averaged=averaged,
+            stochastic=stochastic,
+        )
+        for has_master in masters
+    ]
 
 
 @functools.cache
