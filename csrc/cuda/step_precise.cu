@@ -20,7 +20,13 @@ __device__ __forceinline__ E rounded(float x) {
   return e;
 }
 
-// A tensor's share in a chunk, and what its update is told.
+struct Split {
+  bf16 high;
+  int16_t low;
+  __device__ __forceinline__ explicit Split(float x) { split(x, high, low); }
+};
+
+// A tensor, and what its update is told.
 template <class Rule, class T>
 struct Tensor {
   static constexpr int kStates = Rule::kStates;
@@ -59,12 +65,14 @@ struct Tensor {
 
   __device__ __forceinline__ void weights(const Raw& param, const Raw& master, float (&w)[kLane]) const {
     widen(param, kHalf ? args.param : Dtype::kF32, w);
-    if (!kHalf || !row.extras.master) return;
+    if constexpr (kHalf) {
+      if (!row.extras.master) return;
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) {
-      const uint16_t bits = uint16_t(param.get<uint16_t>(i));
-      w[i] = args.param == Dtype::kBF16 ? join(bf16{bits}, int16_t(master.get<uint16_t>(i)))
-                                        : master_of(f16{bits}, bit_cast<float>(master.words[i]));
+      for (int i = 0; i < kLane; ++i) {
+        const uint16_t bits = uint16_t(param.get<uint16_t>(i));
+        w[i] = args.param == Dtype::kBF16 ? join(bf16{bits}, int16_t(master.get<uint16_t>(i)))
+                                          : master_of(f16{bits}, bit_cast<float>(master.words[i]));
+      }
     }
   }
 
@@ -81,10 +89,8 @@ struct Tensor {
         for (int i = 0; i < kLane; ++i) w[i] = load(rounded<f16>(w[i]));
       }
     } else if (row.extras.master) {
-      bf16 high;
-      int16_t low;
-      put_halves(row.param, place, [&](int i) { return split(w[i], high, low), high; });
-      put_halves(row.extras.master, place, [&](int i) { return split(w[i], high, low), low; });
+      put_halves(row.param, place, [&](int i) { return Split(w[i]).high; });
+      put_halves(row.extras.master, place, [&](int i) { return Split(w[i]).low; });
     } else {
       if (args.precision.stochastic) {
         const Random4 random = noise(0, place);
