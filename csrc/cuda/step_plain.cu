@@ -103,12 +103,24 @@ struct Elements {
     for (int i = 0; i < N; ++i) {
       T param = load(p.e[i]);
       const T grad = T(load(g.e[i])) * grad_factor;
-      T state[kMaxStates];
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) state[k] = load(s[k].e[i]);
-      apply(rule, param, grad, state);
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) store(s[k].e[i], state[k]);
+      if constexpr (kStates == 0) {
+        rule(param, grad);
+      } else if constexpr (kStates == 1) {
+        T a = load(s[0].e[i]);
+        rule(param, grad, a);
+        store(s[0].e[i], a);
+      } else if constexpr (kStates == 2) {
+        T a = load(s[0].e[i]), b = load(s[1].e[i]);
+        rule(param, grad, a, b);
+        store(s[0].e[i], a);
+        store(s[1].e[i], b);
+      } else {
+        T a = load(s[0].e[i]), b = load(s[1].e[i]), c = load(s[2].e[i]);
+        rule(param, grad, a, b, c);
+        store(s[0].e[i], a);
+        store(s[1].e[i], b);
+        store(s[2].e[i], c);
+      }
       store(p.e[i], param);
     }
   }
@@ -146,7 +158,7 @@ __device__ __forceinline__ void walk(const Rule& rule, const Lane<Rule::kStates,
 }
 
 template <template <class> class RuleOf, class P, class G, class S>
-__global__ __launch_bounds__(kThreads, 2) void update(const __grid_constant__ UpdateArgs args) {
+__global__ __launch_bounds__(kThreads, 2) void update(const UpdateArgs args) {
   using T = Arithmetic<P>;
   using Rule = RuleOf<T>;
   constexpr int kVector = 16 / int(sizeof(P));

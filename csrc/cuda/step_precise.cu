@@ -26,6 +26,14 @@ struct Split {
   __device__ __forceinline__ explicit Split(float x) { split(x, high, low); }
 };
 
+template <class Rule, class T>
+__device__ __forceinline__ void apply(const Rule& rule, T& param, T grad, T (&state)[kMaxStates]) {
+  if constexpr (Rule::kStates == 0) rule(param, grad);
+  if constexpr (Rule::kStates == 1) rule(param, grad, state[0]);
+  if constexpr (Rule::kStates == 2) rule(param, grad, state[0], state[1]);
+  if constexpr (Rule::kStates == 3) rule(param, grad, state[0], state[1], state[2]);
+}
+
 // A tensor, and what its update is told.
 template <class Rule, class T>
 struct Tensor {
@@ -202,7 +210,7 @@ struct Tensor {
 };
 
 template <template <class> class RuleOf, class T>
-__global__ __launch_bounds__(kThreads, 2) void step_floats(const __grid_constant__ UpdateArgs args) {
+__global__ __launch_bounds__(kThreads, 2) void step_floats(const UpdateArgs args) {
   if (skips(args.found_inf)) return;
   for (int64_t chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
     const Tensor<RuleOf<T>, T> tensor(args, args.row_of_chunk[chunk]);
@@ -218,7 +226,7 @@ __global__ __launch_bounds__(kThreads, 2) void step_floats(const __grid_constant
 
 // float64 is kept as it is; it may have an average.
 template <template <class> class RuleOf>
-__global__ __launch_bounds__(kThreads, 2) void step_doubles(const __grid_constant__ UpdateArgs args) {
+__global__ __launch_bounds__(kThreads, 2) void step_doubles(const UpdateArgs args) {
   using Rule = RuleOf<double>;
   if (skips(args.found_inf)) return;
   const Lerp<double> lerp(args.precision.ema_weight);

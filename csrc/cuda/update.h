@@ -9,7 +9,8 @@
 
 namespace fusedopt {
 
-// A persistent grid of blocks of kThreads walks the chunks.
+// For a persistent grid of blocks of kThreads, which walks the chunks. Taken by value, not as a __grid_constant__:
+// loops are then specialised for what holds for a whole tensor.
 struct UpdateArgs {
   const DeviceRow* rows;
   const void* const* grads;
@@ -45,14 +46,6 @@ struct Derived {
 };
 
 FUSEDOPT_HD bool skips(const float* found_inf) { return found_inf && *found_inf != 0.0f; }
-
-template <class Rule, class T>
-FUSEDOPT_HD void apply(const Rule& rule, T& param, T grad, T (&state)[kMaxStates]) {
-  if constexpr (Rule::kStates == 0) rule(param, grad);
-  if constexpr (Rule::kStates == 1) rule(param, grad, state[0]);
-  if constexpr (Rule::kStates == 2) rule(param, grad, state[0], state[1]);
-  if constexpr (Rule::kStates == 3) rule(param, grad, state[0], state[1], state[2]);
-}
 
 }  // namespace FUSEDOPT_ISA
 }  // namespace fusedopt
