@@ -7,6 +7,9 @@ import torch
 from optim_table import DTYPES, SHAPES, WITH_LION
 from test_precision import MODES, PAIRS, large_params, set_all_grads
 
+from fusedopt.optim import codes
+from fusedopt.optim.precision import weight
+
 FEW = [
     ("Adam", "8bit-stochastic-ema", "bf16"),
     ("AdamW", "8bit-master-ema-clip", "f16-f32-grads"),
@@ -51,21 +54,43 @@ def run(case, mode, dtypes, backend):
     return params, optimizer, norms
 
 
+def same_bits(state, expected, _):
+    """Here the same arithmetic is compiled by the same compiler, without fused multiply-adds."""
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(state[key].nan_to_num(), value.nan_to_num()), key
+
+
+def close_codes(state, expected, dtype):
+    """Where states are codes the CPU divides and takes roots to 1e-5: a rounding may fall otherwise, and what follows."""
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        if key == "master":  # a part of "param"
+            continue
+        got, unit = state[key].double(), 0.005 if "master" in expected else 0.005 + 2 * torch.finfo(dtype).eps
+        if f"{key}_scale" in expected:
+            assert (got != value).double().mean() < 0.001, key
+            got, value = (codes.dequantize(one[key], one[f"{key}_scale"]) for one in (state, expected))
+            unit = 2 / 127 * value.abs().max()
+        error = (got - value).abs()
+        assert error.max() <= unit, key
+        assert error.mean() <= 1e-4, key
+
+
 def compare(case, mode, dtypes):
-    """Every bit: here the same arithmetic is compiled by the same compiler, without fused multiply-adds."""
     ours, optimizer, norms = run(case, mode, dtypes, "cuda")
     theirs, on_cpu, cpu_norms = run(case, mode, dtypes, "cpu")
     fuses = [*(shape.fuses for shape in SHAPES.values()), True, True]
     assert [row.backend == "cuda" for row in optimizer.backend_report()] == fuses
     torch.testing.assert_close(norms, cpu_norms, rtol=1e-6, atol=0)
     compared = 0
-    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-        state, expected = ({"param": t.detach(), **one.state[t]} for t, one in ((p, optimizer), (q, on_cpu)))
-        assert state.keys() == expected.keys()
-        for key, value in expected.items():
-            same = torch.equal(state[key].nan_to_num(), value.nan_to_num())
-            assert same, f"{case} {mode} {dtypes} parameter {i} {key}"
-            compared += 1
+    for p, q in zip(ours, theirs, strict=True):
+        state, expected = (
+            {**one.state[t], "param": weight(t, one.state[t])} for t, one in ((p, optimizer), (q, on_cpu))
+        )
+        coded = any(key.endswith("_scale") for key in expected)
+        (close_codes if coded else same_bits)(state, expected, p.dtype)
+        compared += len(expected)
     return compared
 
 
