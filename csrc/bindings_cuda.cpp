@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -36,10 +37,13 @@ class CudaPlan {
   }
 
   int step(const std::vector<GroupValues>& values, uintptr_t memory, uintptr_t found_inf, uintptr_t grad_scale,
-           uintptr_t stream) {
+           uintptr_t stream, const std::optional<std::tuple<double, bool, uint64_t>>& choice) {
+    Precision precision{};
+    if (choice) std::tie(precision.ema_weight, precision.stochastic, precision.seed) = *choice;
     return with_tables(values, memory, stream, [&](CudaStepArgs& args) {
       args.found_inf = reinterpret_cast<const float*>(found_inf);
       args.grad_scale = reinterpret_cast<const float*>(grad_scale);
+      args.precision = choice ? &precision : nullptr;
       return cuda_step(args);
     });
   }
@@ -226,7 +230,8 @@ void bind_cuda(py::module_& m) {
       .def("sum_squares", &CudaPlan::sum_squares, py::arg("groups"), py::arg("memory"), py::arg("partial"),
            py::arg("total"), py::arg("stream"), "Of the gradients that lay_out() laid out.")
       .def("step", &CudaPlan::step, py::arg("groups"), py::arg("memory"), py::arg("found_inf"), py::arg("grad_scale"),
-           py::arg("stream"), "Launch what lay_out() laid out; returns the number of kernels.");
+           py::arg("stream"), py::arg("precision") = std::nullopt,
+           "Launch what lay_out() laid out; returns the number of kernels. `precision`: see step.h.");
 }
 
 }  // namespace fusedopt

@@ -409,7 +409,12 @@ def machine_code(arch):
 
 @pytest.mark.parametrize(
     ("kernels", "moves"),
-    [("update", ("LDG", "STG")), (r"squared_error.*Lb0", ("LDG",)), (r"squared_error.*Lb1", ("LDG", "STG"))],
+    [
+        ("update", ("LDG", "STG")),
+        ("step_floats", ("LDG", "STG")),
+        (r"squared_error.*Lb0", ("LDG",)),
+        (r"squared_error.*Lb1", ("LDG", "STG")),
+    ],
 )
 def test_kernels_move_16_bytes_at_a_time(kernels, moves):
     arch = cuda_info()["archs"][0]

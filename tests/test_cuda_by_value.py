@@ -1,4 +1,4 @@
-"""The CUDA sources themselves, run on the CPU: g++ compiles step.cu against tests/simt, the engine steps through it."""
+"""The CUDA sources themselves, run on the CPU: g++ compiles them against tests/simt, the engine steps through them."""
 
 import re
 import sys
@@ -73,6 +73,23 @@ def test_clipping_as_on_the_cpu():
     done = run("plain", "clip.py")
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) tensors agree", done.stdout)[1]) > 400
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "order", "table", "tensors"),
+    [
+        ("plain", "forward", "full", 15000),
+        ("plain", "reverse", "few", 200),
+        ("plain", "seed:1", "few", 200),
+        pytest.param("asan", "seed:3", "few", 200, marks=thorough),
+        pytest.param("tsan", "seed:3", "few", 200, marks=thorough),
+    ],
+)
+def test_precision_as_on_the_cpu(kind, order, table, tensors):
+    done = run(kind, "precision.py", table, order=order)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) tensors agree", done.stdout)[1]) > tensors
 
 
 @pytest.mark.timeout(900)

@@ -3,24 +3,16 @@
 
 #include <algorithm>
 #include <string>
-#include <type_traits>
 
-#include "../rules.h"
-#include "fast_float.h"
-#include "launch.h"
 #include "sums.h"
+#include "update.h"
 
 namespace fusedopt {
 namespace {
 
 using namespace FUSEDOPT_ISA;
 
-template <class P>
-using Arithmetic = std::conditional_t<sizeof(P) == 2, fast_float, Compute<P>>;
-
 // --- the tables go up in kernel arguments: asynchronous, no pinned memory, and legal while a graph is captured ---
-
-constexpr int kThreads = 256;
 
 template <int kWords>
 struct Parcel {
@@ -45,21 +37,10 @@ __global__ void map_chunks(const DeviceRow* rows, int64_t n_rows, int32_t* row_o
 
 // --- prepare: a thread per tensor ---
 
-// What the update needs of a tensor beyond its row. One size for all rules, so that tables do not depend on them.
-constexpr size_t kDerivedBytes = 128;
-
-template <class Rule, class T>
-struct Derived {
-  Rule rule;
-  T grad_factor;
-};
-
-FUSEDOPT_HD bool skips(const float* found_inf) { return found_inf && *found_inf != 0.0f; }
-
 // In a launch of its own: a block that advances a counter would race with the blocks that read it.
 template <template <class> class RuleOf, class T>
-__global__ void prepare(const DeviceRow* rows, int64_t n_rows, const DeviceGroup* groups, const float* found_inf,
-                        const float* grad_scale, char* derived) {
+__global__ void prepare(const DeviceRow* rows, const void* const* grads, int64_t n_rows, const DeviceGroup* groups,
+                        const float* found_inf, const float* grad_scale, char* derived) {
   using Rule = RuleOf<T>;
   static_assert(sizeof(Derived<Rule, T>) <= kDerivedBytes);
   if (skips(found_inf)) return;
@@ -67,15 +48,15 @@ __global__ void prepare(const DeviceRow* rows, int64_t n_rows, const DeviceGroup
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < n_rows; r += int64_t(gridDim.x) * blockDim.x) {
     const DeviceRow& row = rows[r];
     const DeviceGroup& group = groups[row.group];
-    double step = 1;
-    if (row.step) step = double(*row.step += 1.0f);
+    const bool counts = row.step && grads[r];
+    const double step = counts ? double(*row.step += 1.0f) : 1;
     typename Rule::Hyper hyper;
     memcpy(&hyper, group.hyper, sizeof hyper);
     if (group.lr)
       hyper.lr =
           group.lr_is_double ? *static_cast<const double*>(group.lr) : double(*static_cast<const float*>(group.lr));
-    *reinterpret_cast<Derived<Rule, T>*>(derived + r * int64_t(kDerivedBytes)) = {Rule(hyper, step),
-                                                                                  T(group.grad_factor / scale)};
+    *reinterpret_cast<Derived<Rule, T>*>(derived + r * int64_t(kDerivedBytes)) = {
+        Rule(hyper, step), T(group.grad_factor / scale), counts ? uint32_t(step) : 0};
   }
 }
 
@@ -92,7 +73,7 @@ __global__ __launch_bounds__(kThreads) void sum_squares(const DeviceRow* rows, c
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int32_t r = row_of_chunk[chunk];
     const int64_t begin = (chunk - rows[r].first_chunk) * kChunk, left = rows[r].numel - begin;
-    const int n = int(left < kChunk ? left : kChunk);
+    const int n = grads[r] ? int(left < kChunk ? left : kChunk) : 0;
     const G* const grad = static_cast<const G*>(grads[r]) + begin;
     const int vectors = reinterpret_cast<uintptr_t>(grad) % 16 == 0 ? n / kVector : 0;
     double sum = 0;
@@ -128,233 +109,34 @@ __global__ void sum_partials(const double* partial, int64_t n, double* total) {
   if (threadIdx.x == 0) *total = sum;
 }
 
-// --- update: a persistent grid walks the chunks ---
-
-// N neighbouring elements in registers.
-template <class E, int N>
-struct alignas(sizeof(E) * N < 16 ? sizeof(E) * N : 16) Pack {
-  E e[N];
-};
-
-FUSEDOPT_HD bool is_vector(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
-
-template <class E>
-using Word = std::conditional_t<sizeof(E) == 8, unsigned long long,
-                                std::conditional_t<sizeof(E) == 4, unsigned, unsigned short>>;
-
-// Vectors stream: a step is longer than the cache, and reads nothing twice. Neighbouring threads' single elements share
-// cache lines.
-template <class E, int N>
-__device__ __forceinline__ Pack<E, N> read(const E* from, bool vector) {
-  Pack<E, N> pack;
-  if (N > 1 && vector) {
-    uint4 words[sizeof pack / 16 + (sizeof pack < 16)];
-#pragma unroll
-    for (int i = 0; i < int(sizeof pack / 16); ++i) words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-    memcpy(&pack, words, sizeof pack);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) pack.e[i] = bit_cast<E>(__ldca(reinterpret_cast<const Word<E>*>(from) + i));
-  }
-  return pack;
-}
-
-template <class E, int N>
-__device__ __forceinline__ void write(E* to, const Pack<E, N>& pack, bool vector) {
-  if (N > 1 && vector) {
-    uint4 words[sizeof pack / 16 + (sizeof pack < 16)];
-    memcpy(words, &pack, sizeof pack);
-#pragma unroll
-    for (int i = 0; i < int(sizeof pack / 16); ++i) __stcs(reinterpret_cast<uint4*>(to) + i, words[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) __stwb(reinterpret_cast<Word<E>*>(to) + i, bit_cast<Word<E>>(pack.e[i]));
-  }
-}
-
-// A chunk's tensors, each at the same element.
-template <int kStates, class P, class G, class S>
-struct Lane {
-  P* p;
-  const G* g;
-  S* s[kStates ? kStates : 1];
-
-  __device__ __forceinline__ Lane at(int64_t i) const {
-    Lane lane{p + i, g + i, {}};
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) lane.s[k] = s[k] + i;
-    return lane;
-  }
-};
-
-// Which of them may be read 16 bytes at a time.
-template <int kStates>
-struct Aligned {
-  bool p, g, s[kStates ? kStates : 1];
-
-  template <class L>
-  __device__ __forceinline__ explicit Aligned(const L& lane) : p(is_vector(lane.p)), g(is_vector(lane.g)) {
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) s[k] = is_vector(lane.s[k]);
-  }
-  __device__ __forceinline__ bool all() const {
-    bool all = p && g;
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) all = all && s[k];
-    return all;
-  }
-};
-
-template <class Rule, class P, class G, class S, int N>
-struct Elements {
-  using T = Arithmetic<P>;
-  static constexpr int kStates = Rule::kStates;
-  Pack<P, N> p;
-  Pack<G, N> g;
-  Pack<S, N> s[kStates ? kStates : 1];
-
-  template <class A>
-  __device__ __forceinline__ void load_from(const Lane<kStates, P, G, S>& lane, const A& aligned) {
-    p = read<P, N>(lane.p, aligned.p);
-    g = read<G, N>(lane.g, aligned.g);
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) s[k] = read<S, N>(lane.s[k], aligned.s[k]);
-  }
-
-  __device__ __forceinline__ void update(const Rule& rule, T grad_factor) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      T param = load(p.e[i]);
-      const T grad = T(load(g.e[i])) * grad_factor;
-      if constexpr (kStates == 0) {
-        rule(param, grad);
-      } else if constexpr (kStates == 1) {
-        T a = load(s[0].e[i]);
-        rule(param, grad, a);
-        store(s[0].e[i], a);
-      } else if constexpr (kStates == 2) {
-        T a = load(s[0].e[i]), b = load(s[1].e[i]);
-        rule(param, grad, a, b);
-        store(s[0].e[i], a);
-        store(s[1].e[i], b);
-      } else {
-        T a = load(s[0].e[i]), b = load(s[1].e[i]), c = load(s[2].e[i]);
-        rule(param, grad, a, b, c);
-        store(s[0].e[i], a);
-        store(s[1].e[i], b);
-        store(s[2].e[i], c);
-      }
-      store(p.e[i], param);
-    }
-  }
-
-  template <class A>
-  __device__ __forceinline__ void store_to(const Lane<kStates, P, G, S>& lane, const A& aligned) const {
-    write(lane.p, p, aligned.p);
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) write(lane.s[k], s[k], aligned.s[k]);
-  }
-};
-
-struct AllAligned {
-  bool p = true, g = true, s[kMaxStates] = {true, true, true};
-};
-
-// `n` vectors of kVector elements each. All loads of a turn are asked for before the first is waited for.
-template <class Rule, class P, class G, class S, class A>
-__device__ __forceinline__ void walk(const Rule& rule, const Lane<Rule::kStates, P, G, S>& lane, int n,
-                                     const A& aligned, Arithmetic<P> grad_factor) {
-  constexpr int kVector = 16 / int(sizeof(P));
-  constexpr int kTurns = sizeof(P) == 8 || Rule::kStates == 3 ? 1 : 2;
-  for (int first = int(threadIdx.x); first < n; first += kTurns * kThreads) {
-    Elements<Rule, P, G, S, kVector> elements[kTurns];
-#pragma unroll
-    for (int t = 0; t < kTurns; ++t)
-      if (first + t * kThreads < n) elements[t].load_from(lane.at((first + t * kThreads) * kVector), aligned);
-#pragma unroll
-    for (int t = 0; t < kTurns; ++t)
-      if (first + t * kThreads < n) {
-        elements[t].update(rule, grad_factor);
-        elements[t].store_to(lane.at((first + t * kThreads) * kVector), aligned);
-      }
-  }
-}
-
-template <template <class> class RuleOf, class P, class G, class S>
-__global__ __launch_bounds__(kThreads, 2) void update(const DeviceRow* rows, const void* const* grads,
-                                                      const int32_t* row_of_chunk, int64_t chunks, const char* derived,
-                                                      const float* found_inf) {
-  using T = Arithmetic<P>;
-  using Rule = RuleOf<T>;
-  constexpr int kVector = 16 / int(sizeof(P));
-  if (skips(found_inf)) return;
-  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int32_t r = row_of_chunk[chunk];
-    const DeviceRow& row = rows[r];
-    const auto told = *reinterpret_cast<const Derived<Rule, T>*>(derived + r * int64_t(kDerivedBytes));
-    const int64_t begin = (chunk - row.first_chunk) * kChunk;
-    const int n = int(row.numel - begin < kChunk ? row.numel - begin : kChunk);
-    Lane<Rule::kStates, P, G, S> lane{static_cast<P*>(row.param), static_cast<const G*>(grads[r]), {}};
-#pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) lane.s[k] = static_cast<S*>(row.state[k]);
-    lane = lane.at(begin);
-
-    // the parameter's first 16-byte boundary; where another tensor has none there, it alone is read element by element
-    int head = int((16 - reinterpret_cast<uintptr_t>(lane.p) % 16) % 16 / sizeof(P));
-    head = head < n ? head : n;
-    const int vectors = (n - head) / kVector, tail = head + vectors * kVector;
-    const auto body = lane.at(head);
-    const Aligned<Rule::kStates> aligned(body);
-    if (aligned.all())
-      walk<Rule>(told.rule, body, vectors, AllAligned(), told.grad_factor);
-    else
-      walk<Rule>(told.rule, body, vectors, aligned, told.grad_factor);
-
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < head + n - tail; i += kThreads) {
-      const auto one = lane.at(i < head ? i : tail + i - head);
-      Elements<Rule, P, G, S, 1> element;
-      element.load_from(one, AllAligned());
-      element.update(told.rule, told.grad_factor);
-      element.store_to(one, AllAligned());
-    }
-  }
-}
-
 // --- host side ---
 
-struct Kernels {
-  using Prepare = void (*)(const DeviceRow*, int64_t, const DeviceGroup*, const float*, const float*, char*);
-  using Update = void (*)(const DeviceRow*, const void* const*, const int32_t*, int64_t, const char*, const float*);
-  const char* rule = nullptr;
-  Prepare prepare = nullptr;
-  Update update = nullptr;
+struct Prepare {
+  using Kernel = void (*)(const DeviceRow*, const void* const*, int64_t, const DeviceGroup*, const float*, const float*,
+                          char*);
+  const char* rule;
+  Kernel kernel;
 };
 
-template <template <class> class RuleOf, class P, class G, class S>
-Kernels kernels_of() {
-  return {RuleOf<float>::kName, prepare<RuleOf, Arithmetic<P>>, update<RuleOf, P, G, S>};
-}
-
 template <template <class> class RuleOf>
-Kernels for_dtypes(Dtype param, Dtype grad, Dtype state) {
-  const auto is = [&](Dtype p, Dtype g, Dtype s) { return param == p && grad == g && state == s; };
-  if (is(Dtype::kF32, Dtype::kF32, Dtype::kF32)) return kernels_of<RuleOf, float, float, float>();
-  if (is(Dtype::kBF16, Dtype::kBF16, Dtype::kBF16)) return kernels_of<RuleOf, bf16, bf16, bf16>();
-  if (is(Dtype::kBF16, Dtype::kF32, Dtype::kBF16)) return kernels_of<RuleOf, bf16, float, bf16>();
-  if (is(Dtype::kF16, Dtype::kF16, Dtype::kF16)) return kernels_of<RuleOf, f16, f16, f16>();
-  if (is(Dtype::kF16, Dtype::kF32, Dtype::kF16)) return kernels_of<RuleOf, f16, float, f16>();
-  if (is(Dtype::kF64, Dtype::kF64, Dtype::kF64)) return kernels_of<RuleOf, double, double, double>();
-  return {};
+Prepare prepare_for(Dtype param) {
+  return {RuleOf<float>::kName, param == Dtype::kF64   ? prepare<RuleOf, double>
+                                : param == Dtype::kF32 ? prepare<RuleOf, float>
+                                                       : prepare<RuleOf, fast_float>};
 }
 
-Kernels kernels_for(int wanted, Dtype param, Dtype grad, Dtype state) {
+Prepare prepare_for(int wanted, Dtype param) {
   int rule = 0;
 #define FUSEDOPT_TRY(R) \
-  if (wanted == rule++) return for_dtypes<R>(param, grad, state);
+  if (wanted == rule++) return prepare_for<R>(param);
   FUSEDOPT_RULES(FUSEDOPT_TRY)
 #undef FUSEDOPT_TRY
   return {};
+}
+
+UpdateKernel update_for(int rule, Dtype param, Dtype grad, Dtype state, bool precise) {
+  const UpdateKernel plain = precise ? nullptr : plain_update(rule, param, grad, state);
+  return plain ? plain : precise_update(rule, param, grad, state);
 }
 
 // Where a launch's tables lie in the step's memory. Sections start on multiples of 256 bytes.
@@ -477,24 +259,32 @@ class Step {
   }
 
   void update_all(const DeviceLaunch& l, const Layout::Part& part) {
-    const Kernels kernels = kernels_for(l.rule, l.param, l.grad, l.state);
+    const Prepare prepare = prepare_for(l.rule, l.param);
+    const UpdateKernel update = update_for(l.rule, l.param, l.grad, l.state, args_.precision);
     const int64_t n = int64_t(l.rows.size());
-    const DeviceRow* rows = at<DeviceRow>(part.rows);
-    char* derived = at<char>(part.derived);
-    const std::string rule = kernels.rule;
+    const UpdateArgs told{at<DeviceRow>(part.rows),
+                          at<const void*>(part.grads),
+                          at<int32_t>(part.row_of_chunk),
+                          l.chunks,
+                          at<char>(part.derived),
+                          args_.found_inf,
+                          l.param,
+                          l.grad,
+                          l.state,
+                          args_.precision ? *args_.precision : Precision{}};
+    const std::string rule = prepare.rule;
     const std::string partly = stepped_ ? ", after other tensors were stepped: reload a checkpoint" : "";
     int resident = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernels.update, kThreads, 0),
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, update, kThreads, 0),
           ("cudaOccupancyMaxActiveBlocksPerMultiprocessor" + partly).c_str());
-    count(FUSEDOPT_LAUNCH(kernels.prepare, dim3(unsigned(std::min<int64_t>((n + 63) / 64, 4096))), dim3(64), 0, stream_,
-                          rows, n, at<DeviceGroup>(0), args_.found_inf, args_.grad_scale, derived),
+    count(FUSEDOPT_LAUNCH(prepare.kernel, dim3(unsigned(std::min<int64_t>((n + 63) / 64, 4096))), dim3(64), 0, stream_,
+                          told.rows, told.grads, n, at<DeviceGroup>(0), args_.found_inf, args_.grad_scale,
+                          at<char>(part.derived)),
           "prepare<" + rule + ">" + partly);
     stepped_ = true;
     if (l.chunks == 0) return;
     const int64_t grid = std::min<int64_t>(l.chunks, int64_t(resident) * multiprocessors_);
-    count(FUSEDOPT_LAUNCH(kernels.update, dim3(unsigned(grid)), dim3(kThreads), 0, stream_, rows,
-                          at<const void*>(part.grads), at<int32_t>(part.row_of_chunk), l.chunks, derived,
-                          args_.found_inf),
+    count(FUSEDOPT_LAUNCH(update, dim3(unsigned(grid)), dim3(kThreads), 0, stream_, told),
           "update<" + rule + ">, after its step counters were advanced: reload a checkpoint");
   }
 
@@ -507,7 +297,7 @@ class Step {
 }  // namespace
 
 bool cuda_can_step(int rule, Dtype param, Dtype grad, Dtype state) {
-  return kernels_for(rule, param, grad, state).update != nullptr;
+  return update_for(rule, param, grad, state, false) != nullptr;
 }
 
 size_t cuda_step_bytes(const std::vector<DeviceLaunch>& launches, size_t n_groups) {

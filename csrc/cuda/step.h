@@ -15,6 +15,7 @@ struct CudaStepArgs {
   bool groups_changed;
   void* memory;                         // cuda_step_bytes() on the device, the step's own until its next step
   const float *found_inf, *grad_scale;  // device scalars, or null
+  const Precision* precision;           // null: a plain step, without extras and codes
   int device;
   void* stream;
 };

@@ -133,8 +133,8 @@ def covers(device: torch.device) -> bool:
 
 
 @functools.cache
-def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> bool:
-    """Whether there are kernels for a rule with these dtypes."""
+def supports(rule: int, param: torch.dtype, grad: torch.dtype, state: torch.dtype | str) -> bool:
+    """Whether there are kernels for a rule with these dtypes; `state` may be "8bit"."""
     return cpu._native.cuda_can_step(rule, *(str(dtype).removeprefix("torch.") for dtype in (param, grad, state)))
 
 
@@ -172,11 +172,12 @@ class Stepper:
         groups: list[tuple[list[float], float, int, bool]],
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
+        precision: tuple[float, bool, int] | None = None,
     ) -> int:
         """Update the table's active tensors on this device; returns the number of kernels launched.
 
         `groups` gives each group's hyperparameters, gradient factor, and the address of a learning rate on the device
-        (or 0) and whether it is float64.
+        (or 0) and whether it is float64. `precision`: as csrc/step.h has it; None: a plain step.
         """
         tables = self._laid_out(table, len(groups))
         self._measured = None
@@ -187,7 +188,7 @@ class Stepper:
             for scalar in (found_inf, grad_scale)
         ]
         addresses = [scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars]
-        return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, _stream(self.device))
+        return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, _stream(self.device), precision)
 
     def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> Tensor:
         """() float64 on the device: of the gradients that the next step() takes, in one order whatever the hardware."""

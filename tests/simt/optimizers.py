@@ -1,4 +1,4 @@
-"""Optimizers of the test table through csrc/cuda/step.cu, on host memory: `optimizers.py LIBRARY full|few`."""
+"""Optimizers of the test table through csrc/cuda/step*.cu, on host memory: `optimizers.py LIBRARY full|few`."""
 
 import simulated  # noqa: F401, I001
 import sys
