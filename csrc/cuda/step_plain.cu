@@ -198,6 +198,7 @@ __global__ __launch_bounds__(kThreads, 2) void update(const UpdateArgs args) {
 
 template <template <class> class RuleOf>
 UpdateKernel for_dtypes(Dtype param, Dtype grad, Dtype state) {
+  if constexpr (kNormed<RuleOf<float>>) return nullptr;
   const auto is = [&](Dtype p, Dtype g, Dtype s) { return param == p && grad == g && state == s; };
   if (is(Dtype::kF32, Dtype::kF32, Dtype::kF32)) return update<RuleOf, float, float, float>;
   if (is(Dtype::kBF16, Dtype::kBF16, Dtype::kBF16)) return update<RuleOf, bf16, bf16, bf16>;

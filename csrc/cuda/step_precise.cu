@@ -260,6 +260,7 @@ bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kBF1
 
 template <template <class> class RuleOf>
 UpdateKernel for_dtypes(Dtype param, Dtype grad, Dtype state) {
+  if constexpr (kNormed<RuleOf<float>>) return nullptr;
   if (param == Dtype::kF64 && grad == Dtype::kF64 && state == Dtype::kF64) return step_doubles<RuleOf>;
   if (!is_float(param) || !is_float(grad) || !(is_float(state) || state == Dtype::kCode)) return nullptr;
   if (param == Dtype::kF32) return step_floats<RuleOf, float>;
