@@ -14,7 +14,7 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         s <- s + g^2
         p <- p - lr / (1 + (t - 1) lr_decay) * g / (sqrt(s) + eps)
 
-    Args: those of `torch.optim.Adagrad`, and `backend`, `max_norm`, `skip_non_finite` as for `fusedopt.optim.Adam`.
+    Args: those of `torch.optim.Adagrad`, and the keywords that `fusedopt.optim.Adam` adds.
 
     Source: Duchi, Hazan & Singer, "Adaptive Subgradient Methods", 2011; `torch.optim.Adagrad`.
     """

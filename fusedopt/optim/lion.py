@@ -83,7 +83,7 @@ class Lion(FusedStep, _Lion):
         betas (tuple[float, float]): of the direction and of the average (default: (0.9, 0.99)).
         weight_decay (float): decoupled, as AdamW's; about 3 to 10 times AdamW's suits (default: 0).
         maximize (bool): maximize the objective (default: False).
-        backend (str), max_norm (float), skip_non_finite (bool): as for `fusedopt.optim.Adam`.
+        and the keywords that `fusedopt.optim.Adam` adds.
 
     Raises:
         ValueError: a negative lr or weight_decay, a beta outside [0, 1).

@@ -16,7 +16,7 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
 
     One departure: where rounding makes the centered variance v - mean(g)^2 negative it is taken as 0, not as NaN.
 
-    Args: those of `torch.optim.RMSprop`, and `backend`, `max_norm`, `skip_non_finite` as for `fusedopt.optim.Adam`.
+    Args: those of `torch.optim.RMSprop`, and the keywords that `fusedopt.optim.Adam` adds.
 
     Source: Hinton, lecture 6e, 2012; Graves 2013 for `centered`; `torch.optim.RMSprop`.
     """

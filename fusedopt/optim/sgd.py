@@ -14,7 +14,7 @@ class SGD(FusedStep, torch.optim.SGD):
         b <- g at a tensor's first step, then momentum * b + (1 - dampening) g
         p <- p - lr b        (nesterov: p - lr (g + momentum * b))
 
-    Args: those of `torch.optim.SGD`, and `backend`, `max_norm`, `skip_non_finite` as for `fusedopt.optim.Adam`.
+    Args: those of `torch.optim.SGD`, and the keywords that `fusedopt.optim.Adam` adds.
 
     Source: Sutskever et al., "On the importance of initialization and momentum", 2013; `torch.optim.SGD`.
     """
