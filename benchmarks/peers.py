@@ -1,4 +1,4 @@
-"""Other libraries' losses, found by import. Those that are not installed are named with the figures."""
+"""Other libraries' losses and optimizers, found by import. Those that are not installed are named with the figures."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def _cut_cross_entropy() -> Loss:
     return partial(linear_cross_entropy, impl="cce_exact")
 
 
+def _torchao_adamw() -> Any:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def _bitsandbytes_adamw() -> Any:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+ADAMW_8BIT: Peers = {"torchao": _torchao_adamw, "bitsandbytes": _bitsandbytes_adamw}
 CROSS_ENTROPY: Peers = {"liger": _liger_cross_entropy}  # (logits, target); it overwrites the logits
 LINEAR: Peers = {"liger": _liger_linear, "cut-cross-entropy": _cut_cross_entropy}  # (x, weight, target)
 

@@ -39,8 +39,8 @@ class Adam(FusedStep, torch.optim.Adam):
     Options belong to the instance, not to groups, and cannot be changed: their setters raise AttributeError.
 
     Raises: what `torch.optim.Adam` raises; `BackendUnavailableError` for a backend that cannot run here; ValueError for
-    a max_norm that is not above 0, for an option that a parameter's dtype cannot take (float32 ones beside narrower ones
-    stay as they are) or that serves none, and for any of them with differentiable=True.
+    a max_norm that is not above 0, for an option that a parameter's dtype cannot take (float32 ones beside narrower
+    ones stay as they are) or that serves none, and for any of them with differentiable=True.
 
     Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015; `torch.optim.Adam`.
     """
