@@ -92,7 +92,8 @@ class Code(NamedTuple):
     @classmethod
     def _of_amd(cls, text: str) -> Code:
         said = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.M)}
-        local = said["private_segment_fixed_size"] + said["vgpr_spill_count"] + said["sgpr_spill_count"]
+        # scalar registers spill to lanes of a vector register, not to memory
+        local = said["private_segment_fixed_size"] + said["vgpr_spill_count"]
         wide = (len(re.findall(rf"\b(?:global|buffer)_{name}_dwordx4\b", text)) for name in ("load", "store"))
         return cls(said["vgpr_count"], local, *wide)
 

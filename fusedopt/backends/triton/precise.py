@@ -284,7 +284,9 @@ def update(
         whole = tl.multiple_of(tl.where(address_bits % 16 == 0, count // CODES * CODES, 0), CODES)
         addresses = (param, grad, state, scale, master, average)
         # fmt: off
-        _walk(addresses, 0, whole, part, split, scalars, factor, share, noise, UPDATE, KIND, BLOCK, True)
+        _walk(addresses, 0, whole, part, split, scalars, factor, share, noise,
+              UPDATE, KIND, BLOCK, True)
         # blocks of another size: of the same, the compiler would give both walks one layout and shuffle between two
-        _walk(addresses, whole, count, part, split, scalars, factor, share, noise, UPDATE, KIND, min(BLOCK // 2, CODES), False)
+        _walk(addresses, whole, count, part, split, scalars, factor, share, noise,
+              UPDATE, KIND, min(BLOCK // 2, CODES), False)
         # fmt: on

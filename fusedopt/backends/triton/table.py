@@ -44,12 +44,13 @@ TUNING = {
     2: Tuning(8 * THREADS, (10, 7, 5, 4)),
 }
 
-# of precise.update: eight elements per thread share a call of Philox, and a warp has the codes of a scale
+# Of precise.update. Eight elements a thread share a call of Philox, and a warp then has the codes of a scale.
 PRECISE = {
-    8: Tuning(2 * THREADS, (8, 5, 4, 4)),
-    4: Tuning(4 * THREADS, (8, 6, 5, 5)),
-    2: Tuning(8 * THREADS, (6, 5, 4, 4)),
+    8: Tuning(2 * THREADS, (10, 6, 5, 4)),
+    4: Tuning(4 * THREADS, (10, 7, 5, 4)),
+    2: Tuning(8 * THREADS, (7, 5, 4, 4)),
 }
+STOCHASTIC = 4  # programs: random bits take registers
 
 _TOLD = 2  # words: the first two hold "no inf found" and "gradients are not scaled", for steps without GradScaler
 _START = 4
@@ -212,7 +213,8 @@ class DeviceTable:
     ) -> Callable[..., Any]:
         rule, n_chunks = RULES[launch.rule], len(launch.chunk_rows)
         tuning = (TUNING if kind is None else PRECISE)[launch.param.itemsize]
-        programs = _multiprocessors(self._device) * tuning.programs[len(rule.states)]
+        resident = STOCHASTIC if kind is not None and kind.stochastic else tuning.programs[len(rule.states)]
+        programs = _multiprocessors(self._device) * resident
         split = max(1, min(programs // n_chunks, kernels.CHUNK.value // tuning.block))
         constants = {"UPDATE": rule.update, "SCALARS": rule.scalars, "BLOCK": tuning.block}
         if kind is None:
