@@ -7,11 +7,13 @@ from torch import nn
 
 pytest.importorskip("triton")
 
+from triton_elsewhere import TARGETS, Code, compiled, forget, pretend
 from triton_interpreter import INTERPRETED, interpreted, run_anew
 
+import fusedopt.optim
 from fusedopt.backends import cpu
 from fusedopt.backends import triton as backend
-from fusedopt.backends.triton import kernels, table
+from fusedopt.backends.triton import kernels, precise, table
 from fusedopt.optim import precision
 
 pytestmark = pytest.mark.skipif(cpu.available() is not True, reason=str(cpu.available()))
