@@ -39,6 +39,7 @@ ISA_SOURCES = [
     "csrc/cpu/cross_entropy_pixels.cpp",
     "csrc/cpu/mse.cpp",
     "csrc/cpu/norm.cpp",
+    "csrc/cpu/random.cpp",
 ]
 SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/gather.cpp", "csrc/launches.cpp", "csrc/tensor.cpp"]
 BINDINGS = "csrc/bindings_cpu.cpp"

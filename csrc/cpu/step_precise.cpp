@@ -3,6 +3,7 @@
 // types needs a loop of its own; what is float in memory is worked on where it lies.
 #include "../float_with.h"
 #include "../precision.h"
+#include "random.h"
 #include "update.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
@@ -28,17 +29,8 @@ using newton_float = float_with<NewtonOps>;
 struct Noise {
   uint16_t bits[kBlock];
 
-  void draw(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin) {
-    constexpr int kCalls = kBlock / 8;
-    uint32_t words[4 * kCalls];
-    FUSEDOPT_IVDEP
-    for (int i = 0; i < kCalls; ++i) {
-      const Random4 random = philox(precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index), tensor,
-                                    uint64_t(begin / 8 + i));
-      for (int k = 0; k < 4; ++k) words[4 * i + k] = random.word[k];
-    }
-    static_assert(sizeof bits == sizeof words, "element 2 k has the low half of word k: little-endian");
-    std::memcpy(bits, words, sizeof bits);
+  Noise(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin) {
+    random_block({precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index)}, tensor, begin, bits);
   }
 };
 
@@ -118,9 +110,7 @@ void store_weights(const Precision& precision, const Row& row, Dtype dtype, int6
       return;
     }
     if (precision.stochastic) {
-      Noise noise;
-      noise.draw(precision, row, 0, begin);
-      narrow(w, n, noise, to);
+      narrow(w, n, Noise(precision, row, 0, begin), to);
     } else {
       narrow(w, n, to);
     }
@@ -172,9 +162,7 @@ struct States {
     } else if (dtype == Dtype::kBF16) {
       bf16* const to = static_cast<bf16*>(row.state[k]) + begin;
       if (precision.stochastic) {
-        Noise noise;
-        noise.draw(precision, row, 1 + k, begin);
-        narrow(values[k], n, noise, to);
+        narrow(values[k], n, Noise(precision, row, 1 + k, begin), to);
       } else {
         narrow(values[k], n, to);
       }
