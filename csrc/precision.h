@@ -17,11 +17,17 @@ FUSEDOPT_HD uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x
 // same codes and the same scale.
 
 // `largest`: magnitude_bits, whose order puts NaN above infinity above numbers. A block that holds either has the scale
-// NaN, and so are its values: what is broken must show. Below the smallest normal number the scale stays there, so that
-// its reciprocal is finite.
+// NaN, and so are its values: what is broken must show. Below 2^-90 the scale stays there, so that 255^4 over it is
+// finite.
 FUSEDOPT_HD float scale_of(uint32_t largest) {
-  const uint32_t normal = largest < 0x00800000u ? 0x00800000u : largest;
+  const uint32_t normal = largest < 0x12800000u ? 0x12800000u : largest;
   return bit_cast<float>(normal >= 0x7f800000u ? 0x7fc00000u : normal);
+}
+
+// What `quantize` multiplies magnitudes by: the largest's root is then the largest code.
+template <bool kSigned>
+FUSEDOPT_HD float factor_of(float scale) {
+  return (kSigned ? 127.0f * 127 : 255.0f * 255 * 255 * 255) / scale;
 }
 
 template <bool kSigned>
@@ -69,13 +75,13 @@ FUSEDOPT_HD float fourth_root(float x) {
 }
 
 template <bool kSigned>
-FUSEDOPT_HD uint8_t quantize(float x, float inverse_scale) {
-  const float part = bit_cast<float>(magnitude_bits(x)) * inverse_scale;
+FUSEDOPT_HD uint8_t quantize(float x, float factor) {
+  const float part = bit_cast<float>(magnitude_bits(x)) * factor;
   if constexpr (kSigned) {
-    const int32_t code = nearest(127.0f * root(part));
+    const int32_t code = nearest(root(part));
     return uint8_t(x < 0 ? -code : code);
   } else {
-    const int32_t code = nearest(255.0f * fourth_root(part));
+    const int32_t code = nearest(fourth_root(part));
     return uint8_t(code == 0 && x > 0 ? 1 : code);
   }
 }

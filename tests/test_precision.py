@@ -153,12 +153,11 @@ def test_average_is_averaged_models(engine, dtypes):
 def test_codes_come_back(signed):
     """All codes, at scales from the smallest to the largest, in blocks whole and ragged."""
     all_codes = torch.arange(-127, 128).to(torch.int8) if signed else torch.arange(256).to(torch.uint8)
-    for scale in (2.0**-126, 1e-30, 3e-9, 0.1, 1.0, 1.7e20, 3e38):
+    for scale in (2.0**-90, 1e-26, 3e-9, 0.1, 1.0, 1.7e20, 3e38):
         scales = torch.full((1,), scale)
         values = codes.dequantize(all_codes, scales)
-        if scale > 1e-28:  # below, some values are subnormal: fewer bits than codes
-            again, scales_again = codes.quantize(values, signed)
-            assert torch.equal(again, all_codes) and torch.equal(scales_again, scales)
+        again, scales_again = codes.quantize(values, signed)
+        assert torch.equal(again, all_codes) and torch.equal(scales_again, scales)
     x = torch.randn(1000).exp() * (1 if not signed else torch.randn(1000).sign())
     coded, scales = codes.quantize(x, signed)
     assert scales.shape == (4,) and scales[3] == x[768:].abs().max()

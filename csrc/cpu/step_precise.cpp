@@ -12,15 +12,9 @@ namespace {
 constexpr int kBlock = int(kCodeBlock);
 
 // The arithmetic of updates from codes: a division and a square root take as long as all else, and the states are good
-// to a hundredth. Within 1e-5; a square root of 0 is 0, and a number over 0 is large.
+// to a hundredth. Roots are within 1e-5, by multiplications; the divider does the quotients meanwhile.
 struct NewtonOps {
-  static FUSEDOPT_HD float divide(float a, float b) {
-    float inverse = bit_cast<float>(0x7ef311c7u - bit_cast<uint32_t>(b));
-    inverse *= 2.0f - b * inverse;
-    inverse *= 2.0f - b * inverse;
-    inverse *= 2.0f - b * inverse;
-    return a * inverse;
-  }
+  static FUSEDOPT_HD float divide(float a, float b) { return a / b; }
   static FUSEDOPT_HD float root(float a) { return FUSEDOPT_ISA::root(a); }
 };
 using newton_float = float_with<NewtonOps>;
@@ -75,9 +69,9 @@ void encode(const float* from, int n, uint8_t* codes, float* scale) {
     largest = magnitude > largest ? magnitude : largest;
   }
   *scale = scale_of(largest);
-  const float inverse = 1 / *scale;
+  const float factor = factor_of<kSigned>(*scale);
   FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) codes[i] = quantize<kSigned>(from[i], inverse);
+  for (int i = 0; i < n; ++i) codes[i] = quantize<kSigned>(from[i], factor);
 }
 
 // The weights of a block: joined with their master, where they have one.

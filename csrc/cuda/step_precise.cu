@@ -133,11 +133,12 @@ struct Tensor {
       if (i < place.count) largest = max(largest, magnitude_bits(from[i]));
     for (int distance = 16; distance > 0; distance /= 2)
       largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
-    const float new_scale = scale_of(largest), inverse = 1 / new_scale;
+    const float new_scale = scale_of(largest);
+    const float factor = is_signed ? factor_of<true>(new_scale) : factor_of<false>(new_scale);
     Raw raw;
 #pragma unroll
     for (int i = 0; i < kLane; ++i)
-      raw.set<uint8_t>(i, is_signed ? quantize<true>(from[i], inverse) : quantize<false>(from[i], inverse));
+      raw.set<uint8_t>(i, is_signed ? quantize<true>(from[i], factor) : quantize<false>(from[i], factor));
     put<uint8_t>(raw, row.state[k], place);
     __syncwarp();  // all have read the old scale
     if (threadIdx.x % 32 == 0) *scale(k, place) = new_scale;

@@ -170,7 +170,6 @@ class Checkpoints:
                 if self._precision.on:
                     self._precision.take_over(param, state)
                     self._adopt_loaded(param, state)
-        self._forget()
 
     def _adopt_loaded(self, param: Tensor, state: dict[str, Any]) -> None:
         checksum = state.pop("extras_checksum", None)  # is for the first step: the model may be loaded after this

@@ -22,7 +22,7 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes as a dense float32 tensor lies, int8 (`signed`) or uint8, and (blocks,) float32 scales."""
     blocks = _blocks(flat(values))
     largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_empty(0)
-    scales = torch.where(largest.isfinite(), largest.clamp(min=torch.finfo(torch.float32).tiny), torch.nan)
+    scales = torch.where(largest.isfinite(), largest.clamp(min=2.0**-90), torch.nan)
     part = blocks.abs() * scales.reciprocal()[:, None]
     if signed:
         codes = (127 * part.sqrt()).round().nan_to_num() * blocks.sign().nan_to_num()

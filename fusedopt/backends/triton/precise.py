@@ -60,7 +60,7 @@ def _encode(values, CODE: tl.constexpr, BLOCK: tl.constexpr):
     x = _by_block(values, BLOCK)
     # the magnitudes' bits: their order puts NaN above infinity above numbers
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    scale = tl.where(largest >= 0x7F800000, 0x7FC00000, tl.maximum(largest, 0x00800000))
+    scale = tl.where(largest >= 0x7F800000, 0x7FC00000, tl.maximum(largest, 0x12800000))
     scale = scale.to(tl.float32, bitcast=True)
     part = tl.abs(x) * tl.div_rn(1.0, scale)[:, None]
     # approximate roots are within an ulp; codes lie further apart
