@@ -79,13 +79,14 @@ def case(
 
 
 def of_codes(name: str, title: str, shapes: list[tuple[int, ...]], contenders: dict[str, Build], *targets: Target,
-             absent: list[str]) -> Case:  # fmt: skip
+             others: peers.Peers) -> Case:  # fmt: skip
     """8-bit states. What an optimizer keeps in them differs, so that its first step is what is checked."""
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
     def build(quick: bool) -> list[Contender]:
         generator = torch.Generator().manual_seed(0)
         gradients = [torch.randn(shape, generator=generator) * 0.01 for shape in shapes]
+        makes = {**peers.installed(others), **contenders}
 
         def first_step(make: Build) -> float:
             p = torch.randn(1 << 16, generator=generator) * 0.02
@@ -102,10 +103,10 @@ def of_codes(name: str, title: str, shapes: list[tuple[int, ...]], contenders: d
                 p.grad = g
             return make(params)
 
-        return [Contender(label, steps(make).step, partial(first_step, make)) for label, make in contenders.items()]
+        return [Contender(label, steps(make).step, partial(first_step, make)) for label, make in makes.items()]
 
     # parameter and gradient read, parameter written, two codes read and written
-    return Case(name, title, numel * 16, CODES_LIMIT, build, targets, absent=lambda: absent)
+    return Case(name, title, numel * 16, CODES_LIMIT, build, targets, absent=partial(peers.absent, others))
 
 
 def cases() -> list[Case]:
@@ -118,9 +119,8 @@ def cases() -> list[Case]:
              Target("fusedopt", "torch fused", 1.6), ema=True),
         of_codes("adamw-8bit-gpt2-small-f32", "AdamW, 8-bit states, GPT-2 small, f32", GPT2_SMALL,
                  {"fusedopt, f32 states": fused.AdamW, "fusedopt": ours},
-                 Target("fusedopt", "fusedopt, f32 states", 1.0), absent=[]),
+                 Target("fusedopt", "fusedopt, f32 states", 1.0), others={}),
         of_codes("adamw-8bit-4m-f32", "AdamW, 8-bit states, 4 M parameters, f32", FOUR_MILLION,
-                 {**peers.installed(peers.ADAMW_8BIT), "fusedopt": ours},
-                 *(Target("fusedopt", name, 2.0) for name in peers.installed(peers.ADAMW_8BIT)),
-                 absent=peers.absent(peers.ADAMW_8BIT)),
+                 {"fusedopt": ours}, *(Target("fusedopt", name, 2.0) for name in peers.ADAMW_8BIT),
+                 others=peers.ADAMW_8BIT),
     ]  # fmt: skip
