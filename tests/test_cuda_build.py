@@ -412,6 +412,7 @@ def machine_code(arch):
     [
         ("update", ("LDG", "STG")),
         ("step_floats", ("LDG", "STG")),
+        ("norms_of_floats", ("LDG",)),
         (r"squared_error.*Lb0", ("LDG",)),
         (r"squared_error.*Lb1", ("LDG", "STG")),
     ],

@@ -93,6 +93,23 @@ def test_precision_as_on_the_cpu(kind, order, table, tensors):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "order", "table", "tensors"),
+    [
+        ("plain", "forward", "full", 5000),
+        ("plain", "reverse", "few", 200),
+        ("plain", "seed:1", "few", 200),
+        pytest.param("asan", "seed:3", "few", 200, marks=thorough),
+        pytest.param("tsan", "seed:3", "few", 200, marks=thorough),
+    ],
+)
+def test_lamb_as_on_the_cpu(kind, order, table, tensors):
+    done = run(kind, "lamb.py", table, order=order)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) tensors agree", done.stdout)[1]) > tensors
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["plain", pytest.param("asan", marks=thorough)])
 def test_a_failed_launch_is_told_and_loses_only_what_it_says(kind):
     done = run(kind, "failures.py")

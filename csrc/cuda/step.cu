@@ -1,11 +1,11 @@
-// The optimizers on a CUDA device: one kernel to prepare a launch's tensors, one to update their elements.
+// The optimizers on a CUDA device: one kernel to prepare a launch's tensors, one to update their elements, and between
+// them, for rules that are kNormed, two that find each tensor's norms and tell its rule.
 #include "step.h"
 
 #include <algorithm>
 #include <string>
 
-#include "sums.h"
-#include "update.h"
+#include "norms.h"
 
 namespace fusedopt {
 namespace {
@@ -60,6 +60,27 @@ __global__ void prepare(const DeviceRow* rows, const void* const* grads, int64_t
   }
 }
 
+// --- adapt: a block per tensor ---
+
+template <template <class> class RuleOf, class T>
+__global__ void adapt(const DeviceRow* rows, const void* const* grads, int64_t n_rows, const float* found_inf,
+                      const Squares* partial, char* derived) {
+  if (skips(found_inf)) return;
+  for (int64_t r = blockIdx.x; r < n_rows; r += gridDim.x) {
+    auto& rule = reinterpret_cast<Derived<RuleOf<T>, T>*>(derived + r * int64_t(kDerivedBytes))->rule;
+    if (!grads[r] || !rule.adapts()) continue;
+    const int64_t first = rows[r].first_chunk, n = (rows[r].numel + kChunk - 1) / kChunk;
+    Squares sums{};
+    for (int64_t c = threadIdx.x; c < n; c += kThreads) {
+      sums.weights += partial[first + c].weights;
+      sums.direction += partial[first + c].direction;
+    }
+    sums = across_block(sums);
+    if (threadIdx.x == 0)
+      rule.adapt(sums.weights > 0 && sums.direction > 0 ? std::sqrt(sums.weights / sums.direction) : 1.0);
+  }
+}
+
 // --- measure: the sum of a chunk's squares, in double, as no square overflows there ---
 
 template <class G>
@@ -111,24 +132,32 @@ __global__ void sum_partials(const double* partial, int64_t n, double* total) {
 
 // --- host side ---
 
-struct Prepare {
-  using Kernel = void (*)(const DeviceRow*, const void* const*, int64_t, const DeviceGroup*, const float*, const float*,
-                          char*);
+// What a rule needs ahead of its update.
+struct Ahead {
   const char* rule;
-  Kernel kernel;
+  void (*prepare)(const DeviceRow*, const void* const*, int64_t, const DeviceGroup*, const float*, const float*, char*);
+  // null where the rule is not kNormed
+  void (*adapt)(const DeviceRow*, const void* const*, int64_t, const float*, const Squares*, char*);
 };
 
-template <template <class> class RuleOf>
-Prepare prepare_for(Dtype param) {
-  return {RuleOf<float>::kName, param == Dtype::kF64   ? prepare<RuleOf, double>
-                                : param == Dtype::kF32 ? prepare<RuleOf, float>
-                                                       : prepare<RuleOf, fast_float>};
+template <template <class> class RuleOf, class T>
+Ahead ahead_in() {
+  Ahead ahead{RuleOf<T>::kName, prepare<RuleOf, T>, nullptr};
+  if constexpr (kNormed<RuleOf<T>>) ahead.adapt = adapt<RuleOf, T>;
+  return ahead;
 }
 
-Prepare prepare_for(int wanted, Dtype param) {
+template <template <class> class RuleOf>
+Ahead ahead_of(Dtype param) {
+  return param == Dtype::kF64   ? ahead_in<RuleOf, double>()
+         : param == Dtype::kF32 ? ahead_in<RuleOf, float>()
+                                : ahead_in<RuleOf, fast_float>();
+}
+
+Ahead ahead_of(int wanted, Dtype param) {
   int rule = 0;
 #define FUSEDOPT_TRY(R) \
-  if (wanted == rule++) return prepare_for<R>(param);
+  if (wanted == rule++) return ahead_of<R>(param);
   FUSEDOPT_RULES(FUSEDOPT_TRY)
 #undef FUSEDOPT_TRY
   return {};
@@ -143,7 +172,7 @@ UpdateKernel update_for(int rule, Dtype param, Dtype grad, Dtype state, bool pre
 struct Layout {
   size_t groups, end;
   struct Part {
-    size_t rows, grads, row_of_chunk, derived;
+    size_t rows, grads, row_of_chunk, derived, squares;
   };
   std::vector<Part> parts;
 
@@ -157,7 +186,8 @@ struct Layout {
     for (const DeviceLaunch& l : launches) {
       const size_t n = l.rows.size();
       parts.push_back({section(n * sizeof(DeviceRow)), section(n * sizeof(void*)),
-                       section(size_t(l.chunks) * sizeof(int32_t)), section(n * kDerivedBytes)});
+                       section(size_t(l.chunks) * sizeof(int32_t)), section(n * kDerivedBytes),
+                       section(norms_kernel(l.rule, l.param) ? size_t(l.chunks) * sizeof(Squares) : 0)});
     }
   }
 };
@@ -259,7 +289,8 @@ class Step {
   }
 
   void update_all(const DeviceLaunch& l, const Layout::Part& part) {
-    const Prepare prepare = prepare_for(l.rule, l.param);
+    const Ahead ahead = ahead_of(l.rule, l.param);
+    const NormsKernel norms = norms_kernel(l.rule, l.param);
     const UpdateKernel update = update_for(l.rule, l.param, l.grad, l.state, args_.precision);
     const int64_t n = int64_t(l.rows.size());
     const UpdateArgs told{at<DeviceRow>(part.rows),
@@ -272,20 +303,30 @@ class Step {
                           l.grad,
                           l.state,
                           args_.precision ? *args_.precision : Precision{}};
-    const std::string rule = prepare.rule;
+    const std::string rule = ahead.rule;
     const std::string partly = stepped_ ? ", after other tensors were stepped: reload a checkpoint" : "";
-    int resident = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, update, kThreads, 0),
-          ("cudaOccupancyMaxActiveBlocksPerMultiprocessor" + partly).c_str());
-    count(FUSEDOPT_LAUNCH(prepare.kernel, dim3(unsigned(std::min<int64_t>((n + 63) / 64, 4096))), dim3(64), 0, stream_,
+    const auto grid = [&](auto kernel) {
+      int resident = 0;
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0),
+            ("cudaOccupancyMaxActiveBlocksPerMultiprocessor" + partly).c_str());
+      return dim3(unsigned(std::min<int64_t>(l.chunks, int64_t(resident) * multiprocessors_)));
+    };
+    const dim3 update_grid = grid(update), norms_grid = norms ? grid(norms) : dim3();
+    count(FUSEDOPT_LAUNCH(ahead.prepare, dim3(unsigned(std::min<int64_t>((n + 63) / 64, 4096))), dim3(64), 0, stream_,
                           told.rows, told.grads, n, at<DeviceGroup>(0), args_.found_inf, args_.grad_scale,
                           at<char>(part.derived)),
           "prepare<" + rule + ">" + partly);
     stepped_ = true;
     if (l.chunks == 0) return;
-    const int64_t grid = std::min<int64_t>(l.chunks, int64_t(resident) * multiprocessors_);
-    count(FUSEDOPT_LAUNCH(update, dim3(unsigned(grid)), dim3(kThreads), 0, stream_, told),
-          "update<" + rule + ">, after its step counters were advanced: reload a checkpoint");
+    const std::string lost = "<" + rule + ">, after its step counters were advanced: reload a checkpoint";
+    if (norms) {
+      Squares* const squares = at<Squares>(part.squares);
+      count(FUSEDOPT_LAUNCH(norms, norms_grid, dim3(kThreads), 0, stream_, told, squares), "norms" + lost);
+      count(FUSEDOPT_LAUNCH(ahead.adapt, dim3(unsigned(std::min<int64_t>(n, 4096))), dim3(kThreads), 0, stream_,
+                            told.rows, told.grads, n, args_.found_inf, squares, at<char>(part.derived)),
+            "adapt" + lost);
+    }
+    count(FUSEDOPT_LAUNCH(update, update_grid, dim3(kThreads), 0, stream_, told), "update" + lost);
   }
 
   const CudaStepArgs& args_;

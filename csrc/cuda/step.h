@@ -1,4 +1,5 @@
-// One optimizer step on a CUDA device: the tables of gather.h's DevicePlan go up, two kernels per launch do the work.
+// One optimizer step on a CUDA device: the tables of gather.h's DevicePlan go up, two kernels per launch do the work,
+// four where a rule needs norms.
 #pragma once
 #include <cstddef>
 #include <cstdint>

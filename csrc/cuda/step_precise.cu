@@ -3,7 +3,7 @@
 // which types they have is asked at run time, the same of all threads, so that no combination needs a kernel of its
 // own.
 #include "lane.h"
-#include "update.h"
+#include "norms.h"
 
 namespace fusedopt {
 namespace {
@@ -160,34 +160,48 @@ struct Tensor {
     }
   }
 
+  // A lane's elements as they lie in memory.
+  struct Held {
+    Raw param, master, grad, state[kMaxStates];
+    float scale[kMaxStates];
+  };
+
   // Everything is asked for before anything is waited for.
-  __device__ __forceinline__ void update(const Place& place) const {
-    Raw raw_param, raw_master, raw_grad, raw_state[kMaxStates], raw_ema;
-    float old_scale[kMaxStates];
-    raw_param = fetch(row.param, kHalf ? args.param : Dtype::kF32, place);
+  __device__ __forceinline__ void ask(Held& held, const Place& place) const {
+    held.param = fetch(row.param, kHalf ? args.param : Dtype::kF32, place);
     if (kHalf && row.extras.master)
-      raw_master = fetch(row.extras.master, args.param == Dtype::kF16 ? Dtype::kF32 : args.param, place);
-    if (grad) {
-      raw_grad = fetch(grad, args.grad, place);
+      held.master = fetch(row.extras.master, args.param == Dtype::kF16 ? Dtype::kF32 : args.param, place);
+    if (!grad) return;
+    held.grad = fetch(grad, args.grad, place);
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        raw_state[k] = fetch(row.state[k], args.state, place);
-        if (args.state == Dtype::kCode) old_scale[k] = *scale(k, place);
-      }
+    for (int k = 0; k < kStates; ++k) {
+      held.state[k] = fetch(row.state[k], args.state, place);
+      if (args.state == Dtype::kCode) held.scale[k] = *scale(k, place);
     }
+  }
+
+  __device__ __forceinline__ void gradient_and_states(const Held& held, float (&g)[kLane],
+                                                      float (&s)[kMaxStates][kLane]) const {
+    widen(held.grad, args.grad, g);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k)
+      if (args.state == Dtype::kCode)
+        decode(held.state[k], k, held.scale[k], s[k]);
+      else
+        widen(held.state[k], args.state, s[k]);
+  }
+
+  __device__ __forceinline__ void update(const Place& place) const {
+    Held held;
+    ask(held, place);
+    Raw raw_ema;
     if (row.extras.ema) raw_ema = fetch<uint32_t>(row.extras.ema, place);
 
     float w[kLane];
-    weights(raw_param, raw_master, w);
+    weights(held.param, held.master, w);
     if (grad) {
       float g[kLane], s[kMaxStates][kLane];
-      widen(raw_grad, args.grad, g);
-#pragma unroll
-      for (int k = 0; k < kStates; ++k)
-        if (args.state == Dtype::kCode)
-          decode(raw_state[k], k, old_scale[k], s[k]);
-        else
-          widen(raw_state[k], args.state, s[k]);
+      gradient_and_states(held, g, s);
 #pragma unroll
       for (int i = 0; i < kLane; ++i) {
         T param = w[i], state[kMaxStates];
@@ -208,6 +222,34 @@ struct Tensor {
       put_floats(w, row.extras.ema, place);
     }
   }
+
+  __device__ __forceinline__ void add_squares(const Place& place, Squares& sums) const {
+    static_assert(kStates == 2);
+    Held held;
+    ask(held, place);
+    float w[kLane], g[kLane], s[kMaxStates][kLane];
+    weights(held.param, held.master, w);
+    gradient_and_states(held, g, s);
+#pragma unroll
+    for (int i = 0; i < kLane; ++i)
+      if (i < place.count) {
+        float along;
+        store(along, rule.direction(T(w[i]), T(g[i]) * grad_factor, T(s[0][i]), T(s[1][i])));
+        sums.weights += double(w[i]) * double(w[i]);
+        sums.direction += double(along) * double(along);
+      }
+  }
+
+  // work(place) for what a lane has of a chunk.
+  template <class Work>
+  __device__ __forceinline__ void walk(int64_t chunk, const Work& work) const {
+    const int64_t begin = (chunk - row.first_chunk) * kChunk, end = min(begin + kChunk, row.numel);
+    for (int64_t block = begin + threadIdx.x / 32 * kCodeBlock; block < end; block += kWarps * kCodeBlock) {
+      const int64_t at = block + threadIdx.x % 32 * kLane;
+      const int count = int(max(int64_t(0), min(int64_t(kLane), end - at)));
+      work(Place{at, count, aligned && count == kLane});
+    }
+  }
 };
 
 template <template <class> class RuleOf, class T>
@@ -215,13 +257,20 @@ __global__ __launch_bounds__(kThreads, 2) void step_floats(const UpdateArgs args
   if (skips(args.found_inf)) return;
   for (int64_t chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
     const Tensor<RuleOf<T>, T> tensor(args, args.row_of_chunk[chunk]);
-    const int64_t begin = (chunk - tensor.row.first_chunk) * kChunk;
-    const int64_t end = min(begin + kChunk, tensor.row.numel);
-    for (int64_t block = begin + threadIdx.x / 32 * kCodeBlock; block < end; block += kWarps * kCodeBlock) {
-      const int64_t at = block + threadIdx.x % 32 * kLane;
-      const int count = int(max(int64_t(0), min(int64_t(kLane), end - at)));
-      tensor.update({at, count, tensor.aligned && count == kLane});
-    }
+    tensor.walk(chunk, [&](const Place& place) { tensor.update(place); });
+  }
+}
+
+template <template <class> class RuleOf, class T>
+__global__ __launch_bounds__(kThreads, 2) void norms_of_floats(const UpdateArgs args, Squares* partial) {
+  if (skips(args.found_inf)) return;
+  for (int64_t chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
+    const Tensor<RuleOf<T>, T> tensor(args, args.row_of_chunk[chunk]);
+    if (!tensor.grad || !tensor.rule.adapts()) continue;
+    Squares sums{};
+    tensor.walk(chunk, [&](const Place& place) { tensor.add_squares(place, sums); });
+    sums = across_block(sums);
+    if (threadIdx.x == 0) partial[chunk] = sums;
   }
 }
 
@@ -257,18 +306,60 @@ __global__ __launch_bounds__(kThreads, 2) void step_doubles(const UpdateArgs arg
   }
 }
 
+template <template <class> class RuleOf>
+__global__ __launch_bounds__(kThreads, 2) void norms_of_doubles(const UpdateArgs args, Squares* partial) {
+  using Rule = RuleOf<double>;
+  static_assert(Rule::kStates == 2);
+  if (skips(args.found_inf)) return;
+  for (int64_t chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
+    const int32_t r = args.row_of_chunk[chunk];
+    const DeviceRow row = args.rows[r];
+    const auto told = *reinterpret_cast<const Derived<Rule, double>*>(args.derived + r * int64_t(kDerivedBytes));
+    if (!args.grads[r] || !told.rule.adapts()) continue;
+    const int64_t begin = (chunk - row.first_chunk) * kChunk, end = min(begin + kChunk, row.numel);
+    Squares sums{};
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      const auto at = [&](const void* data) { return static_cast<const double*>(data)[i]; };
+      const double w = at(row.param);
+      const double along =
+          told.rule.direction(w, at(args.grads[r]) * told.grad_factor, at(row.state[0]), at(row.state[1]));
+      sums.weights += w * w;
+      sums.direction += along * along;
+    }
+    sums = across_block(sums);
+    if (threadIdx.x == 0) partial[chunk] = sums;
+  }
+}
+
 bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kBF16 || dtype == Dtype::kF16; }
 
 template <template <class> class RuleOf>
 UpdateKernel for_dtypes(Dtype param, Dtype grad, Dtype state) {
-  if constexpr (kNormed<RuleOf<float>>) return nullptr;
   if (param == Dtype::kF64 && grad == Dtype::kF64 && state == Dtype::kF64) return step_doubles<RuleOf>;
   if (!is_float(param) || !is_float(grad) || !(is_float(state) || state == Dtype::kCode)) return nullptr;
   if (param == Dtype::kF32) return step_floats<RuleOf, float>;
   return step_floats<RuleOf, fast_float>;
 }
 
+template <template <class> class RuleOf>
+NormsKernel norms_for(Dtype param) {
+  if constexpr (kNormed<RuleOf<float>>)
+    return param == Dtype::kF64   ? norms_of_doubles<RuleOf>
+           : param == Dtype::kF32 ? norms_of_floats<RuleOf, float>
+                                  : norms_of_floats<RuleOf, fast_float>;
+  return nullptr;
+}
+
 }  // namespace
+
+NormsKernel norms_kernel(int wanted, Dtype param) {
+  int rule = 0;
+#define FUSEDOPT_TRY(R) \
+  if (wanted == rule++) return norms_for<R>(param);
+  FUSEDOPT_RULES(FUSEDOPT_TRY)
+#undef FUSEDOPT_TRY
+  return nullptr;
+}
 
 UpdateKernel precise_update(int wanted, Dtype param, Dtype grad, Dtype state) {
   int rule = 0;

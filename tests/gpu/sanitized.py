@@ -7,11 +7,11 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from loss_oracle import make  # noqa: E402
-from optim_table import DTYPES, WITH_LION, make_params, train  # noqa: E402
+from optim_table import DTYPES, WITH_LION, Case, make_params, train  # noqa: E402
 
 from fusedopt.nn.functional import cross_entropy, mse_loss  # noqa: E402
 
-for case in WITH_LION:
+for case in [*WITH_LION, Case("LAMB", {"weight_decay": 0.1})]:
     for dtypes in DTYPES:
         train(case.fused(make_params(dtypes, device="cuda"), backend="cuda"), dtypes, steps=2)
 for shape in [(5, 3), (3, 2053), (2, 70001)]:

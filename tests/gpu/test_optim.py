@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 import fusedopt.optim
 
 ADAMW = Case("AdamW", {"lr": 0.01, "weight_decay": 0.1})
+LAMB = Case("LAMB", {"lr": 0.01, "weight_decay": 0.1})
 
 
 def random_params(shapes, dtype=torch.float32, device="cuda", seed=0):
@@ -77,7 +78,7 @@ def test_no_further_from_float64_than_stock(case, dtypes, backend):
 
 def test_the_cpu_agrees(backend):
     """Where no rounding differs by more than contraction: float64."""
-    for case in WITH_LION:
+    for case in [*WITH_LION, LAMB]:
         gpu, cpu = (
             case.fused(random_params([(300,), (7, 11)], torch.float64, device), backend=name)
             for device, name in (("cuda", backend), ("cpu", "cpu"))
@@ -106,6 +107,14 @@ def test_two_launches_a_step_whatever_the_number_of_tensors(case, backend):
     for _ in range(3):
         mixed.step()
     kernels, copies = kernels_of(mixed.step)
+    assert len(kernels) == 4 and not copies, (kernels, copies)
+
+
+def test_lamb_takes_two_more_for_norms():
+    optimizer = LAMB.fused(random_params([(1000,)] * 1500 + [(3, 7), (), (70001,)]), backend="cuda")
+    for _ in range(3):
+        optimizer.step()
+    kernels, copies = kernels_of(optimizer.step)
     assert len(kernels) == 4 and not copies, (kernels, copies)
 
 

@@ -14,11 +14,11 @@ LOST = "after its step counters were advanced: reload a checkpoint"
 control.fusedopt_simt_launch_count.restype = simulated.ctypes.c_size_t
 
 
-def fresh():
+def fresh(kind):
     params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 20000)]
     for p in params:
         p.grad = p.detach().cos()
-    return fusedopt.optim.AdamW(params, lr=0.1, backend="cuda")
+    return getattr(fusedopt.optim, kind)(params, lr=0.1, weight_decay=0.01, backend="cuda")
 
 
 def everything(optimizer):
@@ -26,8 +26,8 @@ def everything(optimizer):
     return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
 
 
-def after(steps):
-    optimizer = fresh()
+def after(steps, kind="AdamW"):
+    optimizer = fresh(kind)
     for _ in range(steps):
         optimizer.step()
     return optimizer
@@ -37,9 +37,9 @@ def same(a, b):
     return all(map(torch.equal, everything(a), everything(b)))
 
 
-def launches(steps):
+def launches(steps, kind):
     """How many kernels a step launches, after so many before it."""
-    optimizer = after(steps)
+    optimizer = after(steps, kind)
     control.fusedopt_simt_reset()
     optimizer.step()
     return control.fusedopt_simt_launch_count()
@@ -53,26 +53,26 @@ def message(optimizer):
     raise AssertionError("the step did not fail")
 
 
-def fail_each_launch(steps):
+def fail_each_launch(steps, kind="AdamW"):
     """The kernels that the messages name; in a step after so many."""
     names = []
-    for n in range(1, launches(steps) + 1):
-        optimizer = after(steps)
+    for n in range(1, launches(steps, kind) + 1):
+        optimizer = after(steps, kind)
         control.fusedopt_simt_fail_launch(n, LAUNCH_FAILURE)
         text = message(optimizer)
-        name = re.match(r"(\w+)(<adamw>)?(, [^:]*: [^:]*)?: cudaErrorLaunchFailure: simulated$", text)
+        name = re.match(rf"(\w+)(<{kind.lower()}>)?(, [^:]*: [^:]*)?: cudaErrorLaunchFailure: simulated$", text)
         assert name, text
         names.append(name[1])
-        if name[1] == "update":
+        if name[1] in ("norms", "adapt", "update"):
             assert LOST in text and name[2], text
             assert all(optimizer.state[p]["step"] == steps + 1 for p in optimizer.param_groups[0]["params"])
             optimizer.step()
         else:
             assert LOST not in text, text
             if steps:  # the first step makes the state
-                assert same(optimizer, after(steps)), name[1]
+                assert same(optimizer, after(steps, kind)), name[1]
             optimizer.step()
-            assert same(optimizer, after(steps + 1)), name[1]
+            assert same(optimizer, after(steps + 1, kind)), name[1]
     return names
 
 
@@ -109,6 +109,8 @@ torch.set_num_threads(1)
 first, second = fail_each_launch(0), fail_each_launch(1)
 assert first == ["unpack", "unpack", "map_chunks", "unpack", "prepare", "update"], first
 assert second == ["prepare", "update"], second
+normed = fail_each_launch(1, "LAMB")
+assert normed == ["prepare", "norms", "adapt", "update"], normed
 fail_each_call()
 two_dtypes()
 print("every failure is told")
