@@ -1,0 +1,1 @@
+"""What fusedopt does among many processes, on torch.distributed alone: no engine of its own."""
