@@ -24,6 +24,7 @@ class ByTorch(States):
     functional: ClassVar[Callable[..., None]]  # torch's own update of lists of tensors
 
     _holders: Holders
+    _first_index: int
 
     def _update_by_torch(
         self, group: dict[str, Any], params: list[Tensor], grads: dict[Tensor, Tensor], inv_scale: float
@@ -45,7 +46,8 @@ class ByTorch(States):
         for param, stepped in zip(params, before, strict=True):
             self._adopt(param, group, stepped, buffers=False)
         stepped, _, lists = self._stock_lists(group, params)
-        index = {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        every = (param for group in self.param_groups for param in group["params"])
+        index = {param: i for i, param in enumerate(every, self._first_index)}
         with contextlib.ExitStack() as stack:
             views = [View(*stack.enter_context(self._parts(param)), self._states(group)) for param in stepped]
             if views:

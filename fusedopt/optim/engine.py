@@ -137,6 +137,9 @@ class FusedStep(ByTorch):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._in_backward.finish()
+            return loss
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._update()
         return loss
@@ -424,6 +427,8 @@ class FusedStep(ByTorch):
         return report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if getattr(self, "_in_backward", None) is not None:
+            raise RuntimeError("add_param_group() while backward steps: remove() the handle of step_in_backward first")
         super().add_param_group(param_group)
         try:
             self._precision.check(self.param_groups[-1]["params"])
@@ -450,10 +455,14 @@ class FusedStep(ByTorch):
         self._holders = Holders(self._options["extra_groups"])
         self._known: int | None = None  # the table's tensors for which holders were looked up
         self._swapped = False  # inside ema_weights()
+        self._first_index = 0  # of the parameters, among those whose random bits are told from each other
+        self._in_backward: Any = None  # fusedopt.distributed.backward.StepInBackward
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_clip": self._clip, "_precision": self._precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        in_backward = getattr(self, "_in_backward", None)  # load_state_dict() comes here too
         self._forget()
+        self._in_backward = in_backward
