@@ -98,7 +98,8 @@ class FusedStep(ByTorch):
     ) -> None:
         self._options = {"backend": backends.check(backend), "extra_groups": Holders(extra_groups).extra_groups}
         self._clip = Clip(max_norm, skip_non_finite)
-        self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay)
+        squares = not all(self._signed().values())
+        self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay, squares)
         self._forget()
         super().__init__(params, *args, **kwargs)
         self._precision.check_all([p for group in self.param_groups for p in group["params"]])
