@@ -23,8 +23,9 @@ using newton_float = float_with<NewtonOps>;
 struct Noise {
   uint16_t bits[kBlock];
 
-  Noise(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin) {
-    random_block({precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index)}, tensor, begin, bits);
+  Noise(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin, int n) {
+    const RandomKey key{precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index)};
+    random_block(key, tensor, row.place, begin, n, bits);
   }
 };
 
@@ -115,7 +116,7 @@ void store_weights(const Precision& precision, const Row& row, Dtype dtype, int6
       return;
     }
     if (precision.stochastic) {
-      narrow(w, n, Noise(precision, row, 0, begin), to);
+      narrow(w, n, Noise(precision, row, 0, begin, n), to);
     } else {
       narrow(w, n, to);
     }
@@ -165,14 +166,14 @@ struct States {
       uint8_t* const to = static_cast<uint8_t*>(row.state[k]) + begin;
       float* const scale = row.extras.scale[k] + begin / kBlock;
       if (precision.stochastic && !is_signed) {
-        encode(values[k], n, Noise(precision, row, 1 + k, begin), to, scale);
+        encode(values[k], n, Noise(precision, row, 1 + k, begin, n), to, scale);
       } else {
         encode<is_signed>(values[k], n, to, scale);
       }
     } else if (dtype == Dtype::kBF16) {
       bf16* const to = static_cast<bf16*>(row.state[k]) + begin;
       if (precision.stochastic) {
-        narrow(values[k], n, Noise(precision, row, 1 + k, begin), to);
+        narrow(values[k], n, Noise(precision, row, 1 + k, begin, n), to);
       } else {
         narrow(values[k], n, to);
       }

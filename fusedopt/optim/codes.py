@@ -77,7 +77,17 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 def random16(seed: int, step: int, parameter: int, tensor: int, n: int, device: torch.device) -> Tensor:
     """(n,) int64: 16 random bits for each element. `tensor`: 0 for the parameter, 1 + k for its state k."""
-    eighth = torch.arange(-(-n // 8), device=device)
+    return _of_eighths(seed, step, parameter, tensor, torch.arange(-(-n // 8), device=device)).view(-1)[:n]
+
+
+def random16_of(seed: int, step: int, parameter: int, tensor: int, elements: Tensor) -> Tensor:
+    """As `random16`, for these (n,) elements only."""
+    bits = _of_eighths(seed, step, parameter, tensor, elements // 8)
+    return bits.gather(1, elements[:, None] % 8)[:, 0]
+
+
+def _of_eighths(seed: int, step: int, parameter: int, tensor: int, eighth: Tensor) -> Tensor:
+    """(len(eighth), 8)"""
     mask = 0xFFFFFFFF
     a, b = eighth & mask, (eighth >> 32 << 2 | tensor) & mask
     c, d = torch.full_like(a, step & mask), torch.full_like(a, parameter & mask)
@@ -87,7 +97,7 @@ def random16(seed: int, step: int, parameter: int, tensor: int, n: int, device: 
         a, b, c, d = y_high ^ b ^ k0, y_low, x_high ^ d ^ k1, x_low
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     words = torch.stack([a, b, c, d], 1)
-    return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:n]
+    return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1, 8)
 
 
 def _product(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -189,8 +189,10 @@ class View:
             return codes.dequantize(kept, scale)
         return kept.float() if kept.dtype in (torch.bfloat16, torch.float16) else kept
 
-    def store(self, parameter: int, stochastic: bool) -> None:
-        """`parameter`: its index in the optimizer, which tells its random bits from others'."""
+    def store(self, parameter: int, stochastic: bool, elements: Tensor | None) -> None:
+        """`parameter`: its index in the optimizer, which tells its random bits from others'. `elements`: which of them
+        these are, where not all are here.
+        """
         step = 0
         if stochastic:
             if "rounding_step" in self.state:
@@ -198,7 +200,9 @@ class View:
             step = int(self.state["rounding_step" if "rounding_step" in self.state else "step"])
 
         def random(value: Tensor, tensor: int) -> Tensor:  # by place in memory
-            return codes.random16(SEED, step, parameter, tensor, value.numel(), value.device)
+            if elements is None:
+                return codes.random16(SEED, step, parameter, tensor, value.numel(), value.device)
+            return codes.random16_of(SEED, step, parameter, tensor, elements)
 
         def narrow(value: Tensor, to: Tensor, tensor: int) -> None:
             if stochastic and to.dtype == torch.bfloat16:
