@@ -100,8 +100,8 @@ def obstacle(tensor: Tensor) -> str:
 def step(table: Any, groups: list[tuple[list[float], float]], precision: tuple[float, bool, int] | None = None) -> int:
     """Update the table's active tensors; `groups` gives each group's hyperparameters and gradient factor.
 
-    `precision`: the new weights' share in their averages, whether bfloat16 is rounded stochastically, and the seed;
-    None where nothing is kept beside parameters and states of one dtype. Returns the number of launches.
+    `precision`: the new weights' share in their averages, whether bfloat16 and squares' codes are rounded at random,
+    and the seed; None where nothing is kept beside parameters and states of one dtype. Returns the number of launches.
     """
     return table.cpu_step(groups, torch.get_num_threads(), precision)
 

@@ -10,30 +10,20 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer, _get_scalar_dtype
 
 from fusedopt import backends
 from fusedopt.backends import cpu, reference
 from fusedopt.optim import precision
-from fusedopt.optim.checkpoints import Checkpoints
+from fusedopt.optim.by_torch import ByTorch
 from fusedopt.optim.clip import Clip, squares_by_torch
-from fusedopt.optim.precision import EXTRAS, STAMPS, Precision, View
-
-
-class Placement(NamedTuple):
-    """Where one parameter's update runs, and why there."""
-
-    group: int
-    index: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    backend: str
-    reason: str
+from fusedopt.optim.precision import Precision
+from fusedopt.optim.report import Placement
+from fusedopt.optim.tensors import check_memory, real_dtype, same_strides
 
 
 class _Scaling:
@@ -70,15 +60,10 @@ def _option(owner: str, name: str) -> property:
     return property(get, refuse)
 
 
-class FusedStep(Checkpoints):
+class FusedStep(ByTorch):
     """What turns a torch.optim class into a fused one. Mixed in ahead of it; see fusedopt.optim.AdamW for the shape."""
 
-    rule: ClassVar[str]  # of csrc/rules.h
-    states: ClassVar[tuple[str, ...]]  # keys of state[p], in the rule's order
     hyper: ClassVar[tuple[str, ...]]  # keys of a parameter group, in the rule's order
-    # Group options that choose another rule: key -> (what they append to its name, the state they add)
-    options: ClassVar[dict[str, tuple[str, str | None]]] = {}
-    functional: ClassVar[Callable[..., None]]  # torch's own update of lists of tensors
 
     # GradScaler then leaves unscaling and skipping to step().
     _step_supports_amp_scaling = True
@@ -108,7 +93,8 @@ class FusedStep(Checkpoints):
     ) -> None:
         self._options = {"backend": backends.check(backend)}
         self._clip = Clip(max_norm, skip_non_finite)
-        self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay)
+        squares = not all(self._signed().values())
+        self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay, squares)
         self._forget()
         super().__init__(params, *args, **kwargs)
         self._precision.check_all([p for group in self.param_groups for p in group["params"]])
@@ -202,12 +188,6 @@ class FusedStep(Checkpoints):
                 sums.append(stepper.sum_of_squares(self._table, self._device_groups(stepper.device)))
         return sums
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return self.rule + "".join(suffix for key, (suffix, _) in self.options.items() if group[key])
-
-    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self.states + tuple(state for key, (_, state) in self.options.items() if state and group[key])
-
     def _device_groups(self, device: torch.device) -> list[tuple[list[float], float, int, bool]]:
         """As fusedopt.backends.cuda.Stepper.step takes them: a learning rate on the device is read there."""
         groups = []
@@ -239,7 +219,7 @@ class FusedStep(Checkpoints):
             raise Unfusable("differentiable=True")
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
             raise Unfusable("sparse")
-        real = _real_dtype(param.dtype)
+        real = real_dtype(param.dtype)
         kind = self._state_kind(param)
         if not backend.supports(cpu.rules()[self._rule(group)][0], real, real, kind):
             raise Unfusable(f"no kernel for {param.dtype}" + (f" with {kind} states" if kind != real else ""))
@@ -253,7 +233,7 @@ class FusedStep(Checkpoints):
         """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
         grad = param.grad
         if grad is not None:
-            _check_memory(param, grad)
+            check_memory(param, grad)
         backend = self._check_fusable(param, grad, group)
         known = bool(self.state.get(param))
         if not known and backend is not cpu and backend.capturing(param.device):
@@ -274,11 +254,11 @@ class FusedStep(Checkpoints):
                     f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}: "
                     "was a checkpoint of another model loaded?"
                 )
-            fits = value.dtype in (torch.int8, torch.uint8) if kind == "8bit" else _real_dtype(value.dtype) == kind
+            fits = value.dtype in (torch.int8, torch.uint8) if kind == "8bit" else real_dtype(value.dtype) == kind
             if not fits or value.device != param.device or value.layout != torch.strided:
                 raise Unfusable(f"state {key!r} is {value.dtype} on {value.device}")
             # a contiguous checkpoint in a channels_last model, say; or a new state, better off on huge pages
-            if not _same_strides(value, param) or (backend is cpu and not known and value.nbytes >= cpu.HUGE):
+            if not same_strides(value, param) or (backend is cpu and not known and value.nbytes >= cpu.HUGE):
                 fresh = torch.empty_like(param, dtype=value.dtype)
                 value = state[key] = (cpu.advised(fresh) if backend is cpu else fresh).copy_(value)
             states.append(value)
@@ -298,11 +278,11 @@ class FusedStep(Checkpoints):
         held = []
         lasting = not param.is_complex()
         if grad is not None:
-            real = _real_dtype(param.dtype)
-            grad_dtype = grad.dtype if backend.supports(rule, real, _real_dtype(grad.dtype), kind) else param.dtype
+            real = real_dtype(param.dtype)
+            grad_dtype = grad.dtype if backend.supports(rule, real, real_dtype(grad.dtype), kind) else param.dtype
             # a lazily negated or conjugated tensor's memory does not hold its values, and DLPack does not tell
             lasting &= not grad.is_neg()
-            if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
+            if grad.dtype != grad_dtype or not same_strides(grad, param) or grad.is_neg() or grad.is_conj():
                 grad = torch.empty_like(param, dtype=grad_dtype).copy_(grad)
             held.append(grad)
         if param.is_complex():
@@ -340,33 +320,6 @@ class FusedStep(Checkpoints):
             self._steppers[param.device] = backend.Stepper(param.device)
         return held
 
-    def _has_stepped(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """As far as a state without a step counter tells."""
-        state = self.state.get(param, {})
-        return any(state.get(key) is not None for key in self._states(group))
-
-    def _adopt(self, param: Tensor, group: dict[str, Any], stepped: bool, buffers: bool = True) -> list[str]:
-        """Bring a parameter's state into the form in which it is kept; returns the keys made: SGD's buffer."""
-        made = []
-        if param.grad is not None and buffers:
-            for key in self._states(group):
-                if self.state[param].get(key) is None:
-                    self.state[param][key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                    made.append(key)
-        if self._precision.on:
-            state = self.state[param]
-            if self._precision.stochastic_rounding and "step" not in state and param.grad is not None:
-                state.setdefault("rounding_step", torch.tensor(float(stepped)))
-            self._precision.adopt(param, state, self._signed())
-            if self._precision.averages and "ema" not in state:
-                state["ema"] = self._precision.new_average(param)
-                self._new_averages.append((param, state["ema"]))
-        return made
-
-    def _state_kind(self, param: Tensor) -> torch.dtype | str:
-        kind = self._precision.kind(param)
-        return kind if isinstance(kind, str) else _real_dtype(kind)
-
     def _device_counter(self, device: torch.device, state: dict[str, Any] | None, counts: str, fresh: bool) -> Tensor:
         """The step counter, which the device advances: state[counts], or one of our own where stock counts no steps."""
         known = None if state is None else state.get(counts)
@@ -383,74 +336,6 @@ class FusedStep(Checkpoints):
         if known is not None:
             state[counts] = counter
         return counter
-
-    # --- torch's own functional, tensor by tensor ---
-
-    def _stock_lists(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list, list, dict[str, list]]:
-        """Stock's `_init_group` for some parameters of a group: it raises what stock raises and fills their state."""
-        names = list(inspect.signature(self._init_group).parameters)[3:]
-        lists: dict[str, list] = {name: [] for name in names}
-        with_grad: list[Tensor] = []
-        grads: list[Tensor] = []
-        # stock fills states that are empty: what is kept beside its own is out of its sight
-        hidden = {}
-        for param in params if self._precision.on else ():
-            state = self.state.get(param, {})
-            hidden[param] = {key: state.pop(key) for key in (*EXTRAS, *STAMPS) if key in state}
-        try:
-            self._init_group({**group, "params": params}, with_grad, grads, *lists.values())
-        finally:
-            for param, extras in hidden.items():
-                if extras:
-                    self.state[param].update(extras)
-        return with_grad, grads, lists
-
-    def _update_by_torch(self, group: dict[str, Any], params: list[Tensor], inv_scale: float) -> None:
-        if not self._precision.on:
-            params, grads, lists = self._stock_lists(group, params)
-            self._run_functional(group, params, grads, lists, inv_scale)
-            for param, buffer in zip(params, lists.get("momentum_buffer_list", ()), strict=False):
-                self.state[param]["momentum_buffer"] = buffer  # SGD's function makes the first one
-            return
-        stepped = [self._has_stepped(param, group) for param in params]
-        self._stock_lists(group, params)
-        for param, before in zip(params, stepped, strict=True):
-            self._adopt(param, group, before, buffers=False)
-        stepped, grads, lists = self._stock_lists(group, params)
-        views = [View(param, self.state[param], self._states(group)) for param in stepped]
-        if views:
-            wide = {id(view.state[key]): value for view in views for key, value in view.values.items()}
-            lists = {name: [wide.get(id(value), value) for value in values] for name, values in lists.items()}
-            grads = [grad.to(view.weight.dtype) for grad, view in zip(grads, views, strict=True)]
-            self._run_functional(group, [view.weight for view in views], grads, lists, inv_scale)
-        for view, buffer in zip(views, lists.get("momentum_buffer_list", ()), strict=False):
-            if view.state.get("momentum_buffer") is None:  # SGD's function made it
-                view.state["momentum_buffer"] = torch.zeros_like(view.param)
-                view.values["momentum_buffer"] = buffer
-                self._precision.adopt(view.param, view.state, self._signed())
-        index = {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
-        for view in views:
-            view.store(index[view.param], self._precision.stochastic_rounding)
-        if self._precision.averages:
-            for param in params:
-                kept = precision.weight(param, self.state[param])
-                self.state[param]["ema"].lerp_(kept, 1 - self._precision.ema_decay)
-
-    def _run_functional(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], lists: dict[str, list], inv_scale: float
-    ) -> None:
-        if inv_scale != 1.0:
-            grads = [grad * inv_scale for grad in grads]
-        known = {
-            **group,
-            **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)},
-            "has_complex": any(p.is_complex() for p in params),
-            "has_sparse_grad": any(g.is_sparse for g in grads),
-            "fused": False,
-        }
-        wanted = inspect.signature(self.functional).parameters
-        keywords = {key: known[key] for key in wanted if key in known and key != "params"}
-        self.functional(params, grads, **lists, **keywords)
 
     # --- the instance: reports, copies, checkpoints ---
 
@@ -510,30 +395,3 @@ class FusedStep(Checkpoints):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-
-
-def _check_memory(param: Tensor, grad: Tensor) -> None:
-    """Raise where torch's kernels would write to address 0, or do half of an update before they notice."""
-    for tensor, what in ((param, "a parameter"), (grad, "the gradient of a parameter")):
-        plain = type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided
-        if plain and tensor.numel() and not tensor.untyped_storage().nbytes():
-            raise RuntimeError(
-                f"{what} of shape {tuple(param.shape)} has no memory: its storage was resized to 0 bytes (FSDP does so "
-                "outside of forward and backward); give it back before step()"
-            )
-    if grad.device != param.device:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} is on device {param.device}, its gradient on {grad.device}: "
-            "was .data moved after backward()?"
-        )
-
-
-def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _same_strides(a: Tensor, b: Tensor) -> bool:
-    """Same memory order, where the shapes are the same: strides of dimensions of extent 1 do not matter."""
-    return a.stride() == b.stride() or all(
-        s == t or n == 1 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True)
-    )
