@@ -26,10 +26,26 @@ class Kind(NamedTuple):
     coded: bool
     master: Any  # int16 rest of a bfloat16, float32 of a float16; None
     averaged: bool
-    stochastic: bool
+    stochastic: bool  # rounds at random what is bfloat16, but for weights with a master, and squares' codes
+
+
+# --- random bits ---
+
+
+@triton.jit
+def _random16(noise, begin, TENSOR: tl.constexpr, BLOCK: tl.constexpr):
+    """16 random bits for each element of a block: a call of Philox for eight neighbours."""
+    seed, step, parameter, eighth = noise
+    low = eighth.to(tl.uint32) + (begin // 8 + tl.arange(0, BLOCK // 8)).to(tl.uint32)  # of a chunk: no carry
+    high = (eighth >> 32).to(tl.uint32) << 2 | TENSOR
+    w0, w1, w2, w3 = tl.philox(seed, low, high, step, parameter)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(words & 0xFFFF, words >> 16)
 
 
 # --- 8-bit codes, CODES of them with a scale ---
+
+_INTEGER = tl.constexpr(8388608.0)  # a float of 2^23 has no bits below 1, so adding it rounds
 
 
 @triton.jit
@@ -51,24 +67,43 @@ def _decode(codes, scale, CODE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nearest(x):
-    # a float of 2^23 has no bits below 1, so the addition rounds
-    return (x + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+    return (x + _INTEGER).to(tl.int32, bitcast=True) - 0x4B000000
 
 
 @triton.jit
-def _encode(values, CODE: tl.constexpr, BLOCK: tl.constexpr):
+def _either(part, random):
+    """The code below or above a part, in which the value of code c is c^4, each with the probability that makes the
+    mean the part. The largest has the largest code, whatever the bits: its part is within an ulp of 255^4."""
+    near = (tl.sqrt(tl.sqrt(part)) + _INTEGER) - _INTEGER  # a root off by one does no harm
+    square = near * near
+    below = tl.where(square * square > part, near - 1, near)
+    low = tl.where(below > 254, 254.0, below)
+    square = low * low
+    width = (2 * low + 1) * (2 * square + 2 * low + 1)  # (low + 1)^4 - low^4
+    chance = (random.to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 65536)
+    return tl.where(chance * width < part - square * square, low + 1, low)
+
+
+@triton.jit
+def _encode(values, noise, begin, TENSOR: tl.constexpr, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """(codes, scales); squares' codes at random: they decay by less than half a code."""
+    BLOCK: tl.constexpr = values.shape[0]
+    LARGEST: tl.constexpr = 127.0 * 127 if tl.int8 == CODE else 255.0 * 255 * 255 * 255
     x = _by_block(values, BLOCK)
     # the magnitudes' bits: their order puts NaN above infinity above numbers
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     scale = tl.where(largest >= 0x7F800000, 0x7FC00000, tl.maximum(largest, 0x12800000))
     scale = scale.to(tl.float32, bitcast=True)
-    part = tl.abs(x) * tl.div_rn(1.0, scale)[:, None]
+    part = tl.abs(x) * tl.div_rn(LARGEST, scale)[:, None]
     # approximate roots are within an ulp; codes lie further apart
     if tl.int8 == CODE:
-        code = _nearest(127.0 * tl.sqrt(part))
+        code = _nearest(tl.sqrt(part))
         code = tl.where(x < 0, -code, code)
     else:
-        code = _nearest(255.0 * tl.sqrt(tl.sqrt(part)))
+        if STOCHASTIC:
+            code = _nearest(_either(part, _by_block(_random16(noise, begin, TENSOR, BLOCK), BLOCK)))
+        else:
+            code = _nearest(tl.sqrt(tl.sqrt(part)))
         code = tl.where((code == 0) & (x > 0), 1, code)
     return tl.reshape(code.to(CODE), (BLOCK,)), scale
 
@@ -110,17 +145,6 @@ def _split(x, PARAM: tl.constexpr):
         return _high(bits + 0x8000), bits.to(tl.uint16).to(tl.int16, bitcast=True)
     else:
         return x.to(PARAM), x
-
-
-@triton.jit
-def _random16(noise, begin, TENSOR: tl.constexpr, BLOCK: tl.constexpr):
-    """16 random bits for each element of a block: a call of Philox for eight neighbours."""
-    seed, step, parameter, eighth = noise
-    low = eighth.to(tl.uint32) + (begin // 8 + tl.arange(0, BLOCK // 8)).to(tl.uint32)  # of a chunk: no carry
-    high = (eighth >> 32).to(tl.uint32) << 2 | TENSOR
-    w0, w1, w2, w3 = tl.philox(seed, low, high, step, parameter)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return tl.interleave(words & 0xFFFF, words >> 16)
 
 
 @triton.jit
@@ -259,7 +283,7 @@ def _walk(
                 s = states[k]
                 if not ALIGNED:  # else whole blocks are masked, or nothing of them
                     s = tl.where(mask, s, 0.0)
-                s, scales = _encode(s, KIND.states[k], BLOCK)
+                s, scales = _encode(s, noise, begin, 1 + k, KIND.states[k], KIND.stochastic)
                 tl.store(scale[k] + blocks[0], scales, blocks[1])
             else:
                 s = _narrow(states[k], noise, begin, 1 + k, KIND.states[k], KIND.stochastic)

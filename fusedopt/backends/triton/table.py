@@ -301,12 +301,13 @@ def _kinds(launch: Launch, precision: Precision | None) -> list[Kind | None]:
     rows, grads = torch.as_tensor(launch.rows), torch.as_tensor(launch.grads)
     masters = sorted(set(rows[rows[:, 5] != 0, 11].bool().tolist()))  # an empty tensor's is null
     averaged = bool(rows[:, 12].any())
-    stochastic = precision is not None and precision[1] and torch.bfloat16 in (launch.param, launch.state)
-    if plain and not (any(masters) or averaged or stochastic) and bool(grads.all()):
-        return [None]
     signed = cpu.rules()[launch.rule][3]
     code = [tl.int8 if signed >> k & 1 else tl.uint8 for k in range(len(RULES[launch.rule].states))]
     coded = launch.state == "8bit"
+    rounded = torch.bfloat16 in (launch.param, launch.state) or (coded and tl.uint8 in code)
+    stochastic = precision is not None and precision[1] and rounded
+    if plain and not (any(masters) or averaged or stochastic) and bool(grads.all()):
+        return [None]
     return [
         Kind(
             _DTYPE[launch.param],
