@@ -106,8 +106,9 @@ def step(table: Any, groups: list[tuple[list[float], float]], precision: tuple[f
     return table.cpu_step(groups, torch.get_num_threads(), precision)
 
 
-def sum_of_squares(table: Any) -> float:
-    """Of the gradients of the table's active tensors on the CPU, in double, in one order whatever the threads."""
+def sum_of_squares(table: Any) -> dict[int, float]:
+    """Of the gradients of the table's active tensors on the CPU, by the number of who holds them: in double, in one
+    order whatever the threads."""
     return table.cpu_sum_squares(torch.get_num_threads())
 
 

@@ -87,21 +87,20 @@ class Precision:
         return dtype if self.state_dtype is None else self.state_dtype
 
     def kind(self, param: Tensor) -> torch.dtype | str:
-        """How a parameter's states are kept: a dtype, or "8bit"."""
+        """How a parameter's states are kept: a dtype, or "8bit". By its whole size, however many processes share it."""
         kind = self._kind(param.dtype)
         return torch.float32 if kind == "8bit" and param.numel() < SMALL else kind
 
     # --- a state in and out of the form in which it is kept ---
 
-    def adopt(self, param: Tensor, state: dict[str, Any], signed: dict[str, bool]) -> None:
+    def adopt(self, param: Tensor, state: dict[str, Any], signed: dict[str, bool], kind: torch.dtype | str) -> None:
         """Bring a parameter's state into this form: stock's new one, or what a checkpoint brought.
 
-        `signed`: the keys of its rule's states, and whether they take either sign.
+        `signed`: the keys of its rule's states, and whether they take either sign. `kind`: how they are kept.
         """
         if not self.on:
             return
         self.drop_stale(param, state)
-        kind = self.kind(param)
         for key in [key for key in signed if key in state] if self.state_dtype is not None else ():
             value = state[key]
             scale = state.get(f"{key}_scale")
