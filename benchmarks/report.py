@@ -22,6 +22,7 @@ from . import (
     cases_step,
     host,
     install,
+    modes,
     store,
 )
 from .runner import STREAM, Case
@@ -31,6 +32,7 @@ OURS = ("fusedopt", "fusedopt triton", "fusedopt inplace")
 
 
 SINGLE = {"install": install, "host": host}  # suites of one row, measured in a way of their own
+STUDIES = {"modes": modes}  # training runs
 
 
 def registry(suite: str, device: str | None = None) -> list[Case]:

@@ -27,7 +27,7 @@ from .memory import peak_memory
 # fmt: off
 ESSENTIAL = ("model", "layers", "dim", "heads", "vocab_size", "seq_len", "optimizer", "lr", "weight_decay",
              "momentum", "schedule", "warmup", "steps", "batch_size", "accumulate", "max_norm", "seed",
-             "dtype", "distill", "distill_divergence", "distill_temperature", "distill_hard")
+             "dtype", "ema", "state", "weights", "distill", "distill_divergence", "distill_temperature", "distill_hard")
 # fmt: on
 
 
@@ -116,7 +116,7 @@ class Run:
         path = self.out / checkpoint.LOG if world.is_main else os.devnull
         with caught_signals() as caught, self.display, open(path, "a", encoding="utf-8") as log:
             if self.done == 0:
-                write(log, [{"step": 0, "contender": c.name, "val_loss": c.evaluate(self.validation)}
+                write(log, [{"step": 0, "contender": c.name, **c.validate(self.validation)}
                             for c in self.contenders])  # fmt: skip
             for step in range(self.done + 1, args.steps + 1):
                 rows, signalled = self.step(step, caught)
@@ -157,7 +157,7 @@ class Run:
                 "ms": {phase: round(ms, 4) for phase, ms in result.ms.items()},
             }
             if step % args.eval_every == 0 or step == args.steps:
-                row["val_loss"] = contender.evaluate(self.validation)
+                row |= contender.validate(self.validation)
             rows.append(row)
         return rows, signalled > 0
 
@@ -180,7 +180,8 @@ def remedies(args: argparse.Namespace) -> str:
     """What to change after a non-finite loss, and only what is not yet so."""
     tips = ["a lower --lr", "a longer --warmup"]
     tips += [] if args.max_norm else ["--max-norm 1"]
-    tips += ["--dtype float32"] if args.dtype != "float32" else []
+    if args.dtype != "float32":
+        tips.append("--dtype float32" if args.weights == "f32" else "--weights f32")
     return f"try {', '.join(tips[:-1])} or {tips[-1]}"
 
 
