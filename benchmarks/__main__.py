@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "install": "time of `pip install .`",
         "all": "all of these",
         "modes": "training at every precision: losses, bytes, times; an hour, and goes on where it was stopped",
+        "codes": "training from states in 8-bit codes of several kinds; goes on where it was stopped",
     }
     for name, text in about.items():
         command = commands.add_parser(name, help=text)

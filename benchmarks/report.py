@@ -20,6 +20,7 @@ from . import (
     cases_optim,
     cases_optim_gpu,
     cases_step,
+    codes,
     host,
     install,
     modes,
@@ -32,7 +33,7 @@ OURS = ("fusedopt", "fusedopt triton", "fusedopt inplace")
 
 
 SINGLE = {"install": install, "host": host}  # suites of one row, measured in a way of their own
-STUDIES = {"modes": modes}  # training runs
+STUDIES = {"modes": modes, "codes": codes}  # training runs
 
 
 def registry(suite: str, device: str | None = None) -> list[Case]:
