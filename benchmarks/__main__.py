@@ -95,6 +95,7 @@ class Run:
     def study(self, suite: str) -> None:
         """The cases of a study that were asked for; without --cases, all that no earlier run has kept."""
         study, args = report.STUDIES[suite], self.args
+        self.measured[suite] = []  # its table is of all rows, kept ones too
         rows = [] if args.quick or args.cases else store.read(self.out / f"{suite}.jsonl")
         kept = {row["case"] for row in rows if study.keeps(row)}
         names = [name for name in study.cases(args.quick) if args.cases in name and name not in kept]
@@ -132,8 +133,10 @@ class Run:
         console = Console() if sys.stdout.isatty() else Console(width=150)
         wrong = 0
         for suite, names in self.measured.items():
-            rows = [row for row in store.read(self.out / f"{suite}.jsonl") if row["case"] in names]
-            console.print(report.terminal(suite, rows))
+            rows = store.read(self.out / f"{suite}.jsonl")
+            if suite not in report.STUDIES:
+                rows = [row for row in rows if row["case"] in names]
+            console.print((report.terminal_study if suite in report.STUDIES else report.terminal)(suite, rows))
             console.print(report.provenance(suite, rows), highlight=False)
             wrong += sum(row["verdict"] != "ok" for row in rows)
         plot.draw(self.out)

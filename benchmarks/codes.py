@@ -1,7 +1,7 @@
 """The study that chose the 8-bit codes: AdamW's states, rounded after every step as each candidate would keep them.
 
-Stock's optimizer trains fusedopt.train's model, of half the layers and a quarter of the vocabulary; after each step both
-moments of all tensors that have SMALL elements or more are replaced by what the candidate's code makes of them.
+Stock's optimizer trains fusedopt.train's model with half the layers and a quarter of the vocabulary. After each step,
+both moments of all tensors of SMALL elements or more are replaced by what the candidate's code makes of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,14 +26,7 @@ Row = dict[str, Any]
 # part of the block's largest magnitude, -1 to 1 or 0 to 1 -> what is kept of it
 Code = Callable[[Tensor, torch.Generator], Tensor]
 
-SETTING = (
-    "--vocab-size",
-    "2048",
-    "--layers",
-    "2",
-    "--steps",
-    "400",
-)  # 0.9 M parameters; else fusedopt.train's defaults
+SETTING = ("--vocab-size", "2048", "--layers", "2", "--steps", "400")  # 0.9 M parameters; the rest is the default
 SEEDS = (0, 1, 2)
 QUICK_STEPS = 12
 MOMENTS = {"exp_avg": "first", "exp_avg_sq": "second"}
@@ -55,7 +49,7 @@ def never_zero(levels: int, exponent: int) -> Code:
 
 
 def at_random(levels: int, exponent: int) -> Code:
-    """The levels of `power`, but one of the two around a square, with the probability that makes the mean the square."""
+    """The levels of `power`: one of the two around a square, with the probability that makes the mean the square."""
 
     def code(part: Tensor, generator: torch.Generator) -> Tensor:
         low = (part ** (1 / exponent) * levels).floor().clamp(max=levels - 1)
@@ -169,6 +163,27 @@ def measure(case: str, args: argparse.Namespace, tell: Callable[[str], None]) ->
     row = {"case": case, "contender": candidate.name, "block": candidate.block, "seed": seed, "steps": steps}
     row |= {"text": _corpus().digest, "val_loss": loss, **errors}
     return [row | {"verdict": "ok" if math.isfinite(loss) else "wrong"}]
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]], str]:
+    """Header, cells and a note, for the README."""
+    losses = {(row["contender"], row["block"], row["seed"]): row["val_loss"] for row in rows}
+    base = [losses[key] for seed in SEEDS if (key := (BASE.name, BASE.block, seed)) in losses]
+    header = ["code of first and second moments", "block", "error of first", "of second"]
+    header += [f"loss, seed {seed}" for seed in SEEDS]
+    cells = []
+    for candidate in CANDIDATES:
+        mine = [row for row in rows if (row["contender"], row["block"]) == (candidate.name, candidate.block)]
+        if candidate is BASE or not mine:
+            continue
+        errors = [f"{np.mean([row[f'{key}_error'] for row in mine]):.2%}" for key in MOMENTS]
+        pairs = [(losses.get((candidate.name, candidate.block, seed)), losses.get((BASE.name, BASE.block, seed)))
+                 for seed in SEEDS]  # fmt: skip
+        differences = [f"{loss - exact:+.4f}" if loss and exact else "" for loss, exact in pairs]
+        cells.append([candidate.name, str(candidate.block), *errors, *differences])
+    told = ", ".join(f"{loss:.4f}" for loss in base)
+    note = f"Error: median of |kept - exact| / |exact| at the end. Loss: validation's, less float32 states' ({told})."
+    return header, cells, note
 
 
 def _round_states(optimizer: torch.optim.Optimizer, candidate: Candidate, generator: torch.Generator) -> dict[str, Any]:

@@ -120,3 +120,37 @@ def _times(args: argparse.Namespace, tell: Callable[[str], None]) -> list[Row]:
             row |= {key: round(float(q), 4) for key, q in zip(keys, quantiles, strict=True)}
         rows.append(row)
     return rows
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]], str]:
+    """Header, cells and a note, for the README."""
+    losses = {(row["contender"], row["seed"]): row["val_loss"] for row in rows if row["case"] != TIMES}
+    held = {row["contender"]: row for row in rows if row["case"] != TIMES}
+    times = {row["contender"]: row for row in rows if row["case"] == TIMES}
+    base = [losses[BASE.name, seed] for seed in SEEDS if (BASE.name, seed) in losses]
+    spread = max(base) - min(base) if len(base) > 1 else math.nan
+    header = ["mode", "bytes per parameter", "weights + states + master", "optimizer", "whole step"]
+    header += ["validation loss", "less f32's", "largest", "within the seeds' spread"]
+    cells = []
+    for mode in MODES:
+        line = [mode.name, *[""] * (len(header) - 1)]
+        if mode.name in held:
+            row = held[mode.name]
+            parts = [row[f"{name}_bytes"] for name in ("weights", "states", "masters")]
+            line[1] = f"{row['bytes_per_parameter']:.2f}"
+            line[2] = " + ".join(f"{part:.3g}" for part in parts if part)
+        if mode.name in times:
+            line[3:5] = [f"{times[mode.name][f'{phase}_ms']:.3g} ms" for phase in ("optimizer", "step")]
+        mine = {seed: losses[mode.name, seed] for seed in SEEDS if (mode.name, seed) in losses}
+        if mine:
+            line[5] = f"{np.mean(list(mine.values())):.4f}"
+        differences = [loss - losses[BASE.name, seed] for seed, loss in mine.items() if (BASE.name, seed) in losses]
+        if mode is not BASE and differences:
+            largest = max(differences, key=abs)
+            line[6:8] = [f"{np.mean(differences):+.4f}", f"{largest:+.4f}"]
+            if mode.claimed and len(differences) == len(SEEDS):
+                line[8] = "reached" if abs(largest) <= spread else "not reached"
+        cells.append(line)
+    seeds = len(base)
+    note = f"AdamW, {STEPS} steps, {seeds} seeds; float32's own losses lie {spread:.4f} apart." if seeds > 1 else ""
+    return header, cells, note

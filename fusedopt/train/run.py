@@ -22,6 +22,7 @@ from .display import Display
 from .distributed import World
 from .loop import FUSED, STOCK, Contender
 from .memory import peak_memory
+from .precision import bytes_per_parameter, stock_falls_short
 
 # The checkpoint of a run with another value of one of these is not a checkpoint of this run.
 # fmt: off
@@ -47,11 +48,12 @@ def run(args: argparse.Namespace, world: World, command: list[str]) -> int:
     if world.is_main:
         if args.model == "pretrained" and not args.compare:
             training.contenders[0].model.causal_lm.save_pretrained(training.out / "model")
+        held = {c.name: bytes_per_parameter(c.model, c.optimizer, c.average) for c in training.contenders}
         training.contenders.clear()
         torch.cuda.empty_cache()  # room for the processes that measure
         memory = {name: peak_memory(name, args) for name in training.names} if args.compare else {}
         seconds = time.perf_counter() - started
-        report.write(training.out, args, world, memory, training.parameters, command, seconds)
+        report.write(training.out, args, world, memory, held, training.parameters, command, seconds)
     world.barrier()
     return 0
 
@@ -71,6 +73,8 @@ class Run:
         if FUSED in self.names and args.loss == "linear" and self.contenders[-1].model.head is None:
             args.loss = "logits"
             self.display.line("the model's head is more than a linear layer, a scale and a cap: using --loss logits")
+        if args.compare and (short := stock_falls_short(args)):
+            self.display.line(short)
         self.parameters = sum(parameter.numel() for parameter in self.contenders[0].model.parameters())
         self.essential = {flag(name): getattr(args, name) for name in ESSENTIAL}
         self.essential["the digest of the --data"] = self.corpus.digest
