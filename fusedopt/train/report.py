@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import textwrap
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -63,6 +64,7 @@ def write(
         f"{args.model}, {parameters / 1e6:.2f} M parameters, vocabulary {args.vocab_size:,}, "
         f"{args.optimizer}, {precision(args)}, {tokens:,} tokens per step"
     )
+    title = textwrap.fill(title, 100)  # as wide as the plots
     plots.loss(out / plots.LOSS, rows, title)
     plots.timing(out / plots.TIMING, figures, title + "\n" + summary["machine"]["line"])
     console = Console(highlight=False)
@@ -116,7 +118,7 @@ def table(figures: dict[str, Any], summary: dict[str, Any]) -> Table:
     ratio = summary.get("stock_over_fused", {})
     title = "per step: median (quartiles); loss (with the head) and model are forward + backward"
     result = Table(title=title, title_justify="left")
-    result.add_column("")
+    result.add_column("", no_wrap=True)
     for name in figures:
         result.add_column(name, justify="right")
     if ratio:
@@ -139,7 +141,7 @@ def table(figures: dict[str, Any], summary: dict[str, Any]) -> Table:
     held = [figure["bytes_per_parameter"] for figure in figures.values()]
     for part in held[0]:
         if any(each[part] for each in held):
-            add(f"{part}, B/parameter", [f"{each[part]:.2f}" for each in held])
+            add(f"{part}, bytes/param", [f"{each[part]:.2f}" for each in held])
     for key, label in VALIDATION.items():
         if all(key in figure for figure in figures.values()):
             add(label, [f"{figure[key]:.5f}" for figure in figures.values()])
