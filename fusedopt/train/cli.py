@@ -20,7 +20,8 @@ OPTIMIZERS: dict[str, dict] = {
     "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False},
     "sgd": {"name": "SGD", "lr": 0.3, "momentum": True},
     "lion": {"name": "Lion", "lr": 2e-4, "momentum": False},
-    "lamb": {"name": "LAMB", "lr": 5e-3, "momentum": False},
+    # without a decay, LAMB's trust ratio is 1 and it is Adam
+    "lamb": {"name": "LAMB", "lr": 1e-2, "momentum": False, "weight_decay": 0.01},
 }
 FINE_TUNE_LR = 0.1  # --init-from: the default rate is this share of the one above
 SCHEDULES = ("constant", "exponential", "step", "cosine")
@@ -80,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         + ", ".join(f"{name} {row['lr']:g}" for name, row in OPTIMIZERS.items())
         + "; a tenth with --init-from",
     )
-    add("--weight-decay", type=float, help="of the matrices; vectors have none (default: the optimizer's)")
+    add("--weight-decay", type=float, help="of the matrices; vectors have none (default: the optimizer's; lamb 0.01)")
     add("--momentum", type=float, help="of sgd and rmsprop (default: 0)")
     add(
         "--schedule",
@@ -238,6 +239,8 @@ def _check_optimizer(args: argparse.Namespace) -> None:
         raise UsageError("--loss logits: a teacher's loss takes the head in; leave it out, or --distill")
     if args.loss is None:
         args.loss = "logits" if args.inplace_loss or args.stock else "linear"
+    if args.weight_decay is None:
+        args.weight_decay = row.get("weight_decay")
     if args.lr is None:
         args.lr = row["lr"] * (FINE_TUNE_LR if args.init_from else 1)
 
