@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -282,6 +283,7 @@ PYBIND11_MODULE(_native, m) {
                     "The tensors of an optimizer's steps; see gather.h.")
       .def(py::init<>())
       .def("__len__", &Table::size)
+      .def("filled", &Table::filled, "A number that changes when a slot has another parameter.")
       .def("gather",
            [](Table& t, py::handle param_groups, py::handle state, const std::vector<int>& rules, bool averages) {
              return checked([&] { return t.gather(param_groups.ptr(), state.ptr(), rules, averages); });
@@ -289,17 +291,18 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "bind",
           [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
-             py::handle scales, py::handle master, py::handle ema, py::handle step, py::handle owners, bool fresh,
-             bool lasting, bool on_device) {
+             py::handle scales, py::handle master, py::handle ema, py::handle step, py::handle owners, py::handle spec,
+             py::handle grad_spec, int32_t holders, bool fresh, bool lasting, bool on_device) {
             checked([&] {
               t.bind(i, {param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), scales.ptr(), master.ptr(), ema.ptr(),
-                         step.ptr(), owners.ptr(), fresh, lasting, on_device});
+                         step.ptr(), owners.ptr(), spec.ptr(), grad_spec.ptr(), holders, fresh, lasting, on_device});
               return 0;
             });
           },
           py::arg("slot"), py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"),
           py::arg("scales") = py::tuple(), py::arg("master") = py::none(), py::arg("ema") = py::none(), py::arg("step"),
-          py::arg("owners"), py::arg("fresh"), py::arg("lasting"), py::arg("on_device") = false)
+          py::arg("owners"), py::arg("spec") = py::none(), py::arg("grad_spec") = py::none(), py::arg("holders") = 0,
+          py::arg("fresh"), py::arg("lasting"), py::arg("on_device") = false)
       .def(
           "slot",
           [](const Table& t, int64_t i) {
@@ -326,14 +329,16 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "cpu_sum_squares",
           [](const Table& t, int threads) {
-            std::vector<Array> grads;
+            std::map<int32_t, std::vector<Array>> grads;
             for (const Slot& slot : t.slots())
               if (slot.active && slot.grad && !slot.on_device)
-                grads.push_back({slot.grad, slot.grad_dtype, slot.layout.numel});
+                grads[slot.holders].push_back({slot.grad, slot.grad_dtype, slot.layout.numel});
             py::gil_scoped_release release;
-            return cpu_sum_squares(grads, threads);
+            std::map<int32_t, double> sums;
+            for (const auto& [holders, arrays] : grads) sums[holders] = cpu_sum_squares(arrays, threads);
+            return sums;
           },
-          "Of the gradients of every active slot on the CPU.");
+          "Of the gradients of every active slot on the CPU, by their holders.");
 
   py::class_<DevicePlan>(m, "DevicePlan", py::module_local(), "The tables of an optimizer's steps on one device.")
       .def(py::init<>())
@@ -349,13 +354,12 @@ PYBIND11_MODULE(_native, m) {
               list.append(py::make_tuple(
                   launch.rule, py::make_tuple(name_of(launch.param), name_of(launch.grad), name_of(launch.state)),
                   view(launch.rows), view(launch.grads), view(launch.row_of_chunk),
-                  launch.rows_changed || launch.grads_changed));
+                  launch.rows_changed || launch.grads_changed, launch.holders));
             }
             return list;
           },
-          "[(rule, dtypes, rows, gradients, row of each chunk, changed)] of the active slots on a device, as step.h "
-          "has "
-          "them, in memory that is this plan's until its next lay_out.");
+          "[(rule, dtypes, rows, gradients, row of each chunk, changed, holders)] of the active slots on a device, as "
+          "step.h has them, in memory that is this plan's until its next lay_out.");
 
   m.def("cpu_mse", mse, "The sum of squares, and grad = grad_factor * (input - target) where it is not None.");
   m.def("target_total", target_total);

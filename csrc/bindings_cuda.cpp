@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/cross_entropy.h"
@@ -30,10 +31,10 @@ class CudaPlan {
     return launches_->empty() ? 0 : cuda_step_bytes(*launches_, n_groups);
   }
 
-  int64_t chunks() const {
-    int64_t n = 0;
-    for (const DeviceLaunch& launch : *launches_) n += launch.chunks;
-    return n;
+  std::vector<std::pair<int32_t, int64_t>> chunks() const {
+    std::vector<std::pair<int32_t, int64_t>> of_launch;
+    for (const DeviceLaunch& launch : *launches_) of_launch.emplace_back(launch.holders, launch.chunks);
+    return of_launch;
   }
 
   int step(const std::vector<GroupValues>& values, uintptr_t memory, uintptr_t found_inf, uintptr_t grad_scale,
@@ -226,7 +227,7 @@ void bind_cuda(py::module_& m) {
           },
           "Lay out the active slots on a device; returns the bytes of device memory that step() needs, 0: nothing to "
           "do")
-      .def("chunks", &CudaPlan::chunks, "How many partial sums sum_squares() writes.")
+      .def("chunks", &CudaPlan::chunks, "(holders, partial sums that sum_squares() writes) of each launch, in order.")
       .def("sum_squares", &CudaPlan::sum_squares, py::arg("groups"), py::arg("memory"), py::arg("partial"),
            py::arg("total"), py::arg("stream"), "Of the gradients that lay_out() laid out.")
       .def("step", &CudaPlan::step, py::arg("groups"), py::arg("memory"), py::arg("found_inf"), py::arg("grad_scale"),

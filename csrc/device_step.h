@@ -29,11 +29,12 @@ struct DeviceGroup {
   int64_t lr_is_double;
 };
 
-// All rows of a device that share one rule and one set of dtypes. Gradients stand apart: they move from step to step,
-// the rest hardly ever does.
+// All rows of a device that share one rule, one set of dtypes and their holders. Gradients stand apart: they move from
+// step to step, the rest hardly ever does.
 struct DeviceLaunch {
   int rule;
   Dtype param, grad, state;
+  int32_t holders;  // see gather.h's Slot
   std::vector<DeviceRow> rows;
   std::vector<const void*> grads;
   int64_t chunks;     // of all rows

@@ -46,6 +46,28 @@ bool is_negated(PyObject* tensor) {
   return result.get() == Py_True;
 }
 
+// A DTensor's attribute; null, without an error, where there is none.
+Ref attribute(PyObject* tensor, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(tensor, name);
+  if (!value) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw PythonError();
+    PyErr_Clear();
+  }
+  return Ref::steal(value);
+}
+
+// Whether a DTensor is placed as `known`, which is replaced by the equal one that it has now.
+bool placed_as(PyObject* tensor, Ref& known) {
+  static PyObject* const name = interned("_spec");
+  Ref spec = attribute(tensor, name);
+  if (!spec.get() || !known.get()) return false;
+  if (spec.get() == known.get()) return true;
+  const int equal = PyObject_RichCompareBool(spec.get(), known.get(), Py_EQ);
+  if (equal < 0) throw PythonError();
+  if (equal) known = std::move(spec);
+  return equal != 0;
+}
+
 // Never null: that stands for no gradient, and an empty tensor's memory may be there.
 const void* address(const dlpack::Tensor& tensor) {
   static const char nothing = 0;
@@ -76,6 +98,7 @@ std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, cons
       if (slots_[i].param.get() != param) {
         slots_[i] = Slot();
         slots_[i].param = Ref::borrow(param);
+        ++filled_;
       }
       Slot& slot = slots_[i];
       if (slot.group != group || slot.rule != rules[size_t(group)]) {
@@ -95,6 +118,7 @@ std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, cons
     }
   }
   moved_ |= i < slots_.size();
+  filled_ += i < slots_.size();
   slots_.erase(slots_.begin() + ptrdiff_t(i), slots_.end());
   return attention;
 }
@@ -102,11 +126,14 @@ std::vector<int64_t> Table::gather(PyObject* param_groups, PyObject* state, cons
 // Pointers of this step, if nothing but pointers changed.
 bool Table::refresh(Slot& slot, PyObject* grad) {
   if (!slot.ready || !state_unchanged(slot)) return false;
+  Ref param = Ref::borrow(slot.param.get()), part_of_grad = Ref::borrow(grad);
+  if (slot.spec.get() && !refresh_parts(slot, &param, &part_of_grad)) return false;
+  grad = part_of_grad.get();
   dlpack::Tensor p, g;
   const auto same = [&](PyObject* tensor, dlpack::Tensor& t, Dtype dtype) {
     return read_tensor(tensor, &t) && t.device == slot.device && dtype_of(t.dtype) == dtype && slot.layout.same(t);
   };
-  if (!same(slot.param.get(), p, slot.dtype)) return false;
+  if (!same(param.get(), p, slot.dtype)) return false;
   if (grad != Py_None) {
     if (slot.idle || !same(grad, g, slot.grad_dtype)) return false;
     if (slot.layout.numel == 1 && is_negated(grad)) return false;
@@ -115,6 +142,22 @@ bool Table::refresh(Slot& slot, PyObject* grad) {
   slot.data = p.data;
   slot.grad = grad == Py_None ? nullptr : address(g);
   return true;
+}
+
+// Of a DTensor and its gradient, placed as they were: the parts that lie here.
+bool Table::refresh_parts(Slot& slot, Ref* param, Ref* grad) {
+  static PyObject* const name = interned("_local_tensor");
+  if (!placed_as(param->get(), slot.spec)) return false;
+  *param = attribute(param->get(), name);
+  if (!param->get()) return false;
+  if (param->get() != slot.part.get()) {
+    slot.part = Ref::borrow(param->get());
+    moved_ = true;
+  }
+  if (grad->get() == Py_None) return true;
+  if (!placed_as(grad->get(), slot.grad_spec)) return false;
+  *grad = attribute(grad->get(), name);
+  return grad->get() != nullptr;
 }
 
 bool Table::state_unchanged(const Slot& slot) const {
@@ -224,7 +267,12 @@ void Table::bind(int64_t i, const Binding& b) {
   }
 
   bool lasting = b.lasting;
-  slot.state_dict = Ref::borrow(b.state_dict == Py_None ? nullptr : b.state_dict);
+  const auto or_null = [](PyObject* object) { return Ref::borrow(object == Py_None ? nullptr : object); };
+  slot.state_dict = or_null(b.state_dict);
+  slot.spec = or_null(b.spec);
+  slot.grad_spec = or_null(b.grad_spec);
+  slot.part = slot.spec.get() ? Ref::borrow(b.param) : Ref();
+  slot.holders = b.holders;
   slot.owners = Ref::borrow(b.owners);
   slot.n_items = 0;
   if (PyObject* dict = slot.state_dict.get()) {
@@ -258,8 +306,11 @@ PyObject* Table::updated() {
   if (updated_.get()) return updated_.get();
   Ref list = Ref::steal(PyList_New(0));
   if (!list.get()) throw PythonError();
-  for (const Slot& slot : slots_)
-    if (slot.active && slot.grad && PyList_Append(list.get(), slot.param.get()) != 0) throw PythonError();
+  for (const Slot& slot : slots_) {
+    if (!slot.active || !slot.grad) continue;
+    if (PyList_Append(list.get(), slot.param.get()) != 0) throw PythonError();
+    if (slot.part.get() && PyList_Append(list.get(), slot.part.get()) != 0) throw PythonError();
+  }
   updated_ = std::move(list);
   return updated_.get();
 }
@@ -275,6 +326,9 @@ int Table::visit(visitproc visit, void* arg) {
     Py_VISIT(slot.param.get());
     Py_VISIT(slot.state_dict.get());
     Py_VISIT(slot.owners.get());
+    Py_VISIT(slot.spec.get());
+    Py_VISIT(slot.grad_spec.get());
+    Py_VISIT(slot.part.get());
     for (int k = 0; k < slot.n_items; ++k) {
       Py_VISIT(slot.state_items[k].first.get());
       Py_VISIT(slot.state_items[k].second.get());

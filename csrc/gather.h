@@ -18,10 +18,13 @@ namespace fusedopt {
 // Everything known of one parameter of an optimizer.
 struct Slot {
   Ref param, state_dict, owners;
+  Ref spec, grad_spec;  // of a DTensor: how it and its gradient are placed, null otherwise
+  Ref part;             // of a DTensor: the part of it that lies in this process
   static constexpr int kMaxItems = 12;
   std::pair<Ref, Ref> state_items[kMaxItems];  // the dict as it was when bound
   int n_items = 0;
   int32_t group = 0;
+  int32_t holders = 0;  // who holds parts of it, as Python numbers them: sums over them are kept apart
   int rule = -1;
 
   dlpack::Device device{};
@@ -47,7 +50,7 @@ struct Slot {
 
 // Tensors of a slot, as Python gives them.
 struct Binding {
-  PyObject* param;       // the parameter or a real view of it
+  PyObject* param;       // the parameter, a DTensor's part here, or a real view of either
   PyObject* grad;        // of its layout; None: the average alone moves
   PyObject* state_dict;  // the optimizer's entry, or None
   PyObject* states;      // tuple of the rule's tensors in it, or views of them
@@ -56,6 +59,9 @@ struct Binding {
   PyObject* ema;         // or None
   PyObject* step;        // scalar tensor, or None: then `fresh` says whether this is the first step
   PyObject* owners;      // kept as long as the pointers are
+  PyObject* spec;        // of a DTensor, or None
+  PyObject* grad_spec;   // of its gradient; or None
+  int32_t holders;       // see Slot
   bool fresh;
   bool lasting;    // all are the optimizer's own objects, so that the next gather may check natively
   bool on_device;  // see Slot
@@ -79,9 +85,10 @@ class Table {
   // many launches as needed.
   std::vector<Launch> launches(const std::vector<Group>& groups, int threads, const Precision* precision);
 
-  PyObject* updated();  // list of the parameters that have a gradient; borrowed
+  PyObject* updated();  // list of the parameters that have a gradient, and DTensors' parts; borrowed
   std::vector<bool> active() const;
   int64_t size() const { return int64_t(slots_.size()); }
+  uint64_t filled() const { return filled_; }  // changes when a slot has another parameter
   const Slot& slot(int64_t i) const { return slots_.at(size_t(i)); }
   const std::vector<Slot>& slots() const { return slots_; }
 
@@ -90,6 +97,7 @@ class Table {
 
  private:
   bool refresh(Slot& slot, PyObject* grad);
+  bool refresh_parts(Slot& slot, Ref* param, Ref* grad);
   bool state_unchanged(const Slot& slot) const;
   void notice_replaced_state(PyObject* state);
 
@@ -98,6 +106,7 @@ class Table {
   std::vector<Row> rows_;
   Ref updated_;
   bool moved_ = true;
+  uint64_t filled_ = 0;
   uint64_t version_ = 0;
 };
 

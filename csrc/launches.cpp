@@ -7,7 +7,10 @@
 namespace fusedopt {
 namespace {
 
-auto launch_key(const Slot& s) { return std::tuple(s.wave, s.rule, s.dtype, s.grad_dtype, s.state_dtype); }
+auto launch_key(const Slot& s) {
+  // a step on the CPU sums slot by slot
+  return std::tuple(s.wave, s.on_device ? s.holders : 0, s.rule, s.dtype, s.grad_dtype, s.state_dtype);
+}
 
 template <class S>
 void sort_into_launches(std::vector<S*>& order) {
@@ -110,7 +113,8 @@ std::vector<DeviceLaunch>& DevicePlan::lay_out(Table& table, int32_t device) {
   for (size_t i = 0; i < order.size(); ++i) {
     const Slot& slot = *order[i];
     if (i == 0 || launch_key(*order[i - 1]) != launch_key(slot)) {
-      launches_.push_back({slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, {}, {}, 0, true, true, {}});
+      launches_.push_back(
+          {slot.rule, slot.dtype, slot.grad_dtype, slot.state_dtype, slot.holders, {}, {}, 0, true, true, {}});
       slots_.emplace_back();
     }
     DeviceLaunch& launch = launches_.back();

@@ -13,6 +13,8 @@ FUSEDOPT_HD uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x
 // signed    c in -127..127   value scale * u |u|, u = c / 127
 // unsigned  c in 0..255      value scale * u^4,   u = c / 255; what is above 0 stays above it
 //
+// To the nearest code; unsigned ones at random where the step is stochastic: squares decay by less than half a code.
+//
 // The largest element has the largest code, which is the scale's exact value: quantising what was dequantised gives the
 // same codes and the same scale.
 
@@ -84,6 +86,22 @@ FUSEDOPT_HD uint8_t quantize(float x, float factor) {
     const int32_t code = nearest(fourth_root(part));
     return uint8_t(code == 0 && x > 0 ? 1 : code);
   }
+}
+
+// The unsigned code below or above a value, each with the probability that makes the mean the value. A root off by one
+// does no harm, and the largest has the largest code, whatever the bits: its part is within an ulp of 255^4.
+FUSEDOPT_HD uint8_t either(float x, float factor, uint32_t random16) {
+  constexpr float kInteger = 8388608.0f;  // a float of 2^23 has no bits below 1
+  const float part = bit_cast<float>(magnitude_bits(x)) * factor;
+  const float near = (fourth_root(part) + kInteger) - kInteger;
+  const float below = (near * near) * (near * near) > part ? near - 1.0f : near;
+  const float low = below > 254.0f ? 254.0f : below;
+  const float square = low * low;
+  const float width = (2.0f * low + 1.0f) * (2.0f * square + 2.0f * low + 1.0f);  // (low + 1)^4 - low^4
+  const float chance = (float(int32_t(random16)) + 0.5f) * (1.0f / 65536);
+  const float code = chance * width < part - square * square ? low + 1.0f : low;
+  const int32_t whole = bit_cast<int32_t>(code + kInteger) - 0x4b000000;
+  return uint8_t(whole == 0 && x > 0 ? 1 : whole);
 }
 
 // --- a float32 as a bfloat16 and the 16 bits that it lacks ---

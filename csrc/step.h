@@ -34,7 +34,7 @@ struct Row {
 // How a step rounds and averages, beyond storing to the nearest.
 struct Precision {
   double ema_weight;  // of the new weights
-  bool stochastic;    // bf16 parameters without a master, and bf16 states
+  bool stochastic;    // bf16 parameters without a master, bf16 states, and the codes of squares
   uint64_t seed;
 };
 

@@ -600,6 +600,7 @@ def test_signature_is_stocks_and_then_ours(case):
         "state_dtype": None,
         "master_weights": False,
         "stochastic_rounding": False,
+        "extra_groups": (),
     }
     assert rows[: -len(extra)] == [(p.name, p.kind, p.default) for p in stock.parameters.values()]
     assert rows[-len(extra) :] == [(name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in extra.items()]

@@ -61,17 +61,28 @@ void decode(const uint8_t* codes, float scale, int n, float* to) {
   for (int i = 0; i < n; ++i) to[i] = dequantize<kSigned>(codes[i], scale);
 }
 
-template <bool kSigned>
-void encode(const float* from, int n, uint8_t* codes, float* scale) {
+float scale_of_block(const float* from, int n) {
   uint32_t largest = 0;
   for (int i = 0; i < n; ++i) {
     const uint32_t magnitude = magnitude_bits(from[i]);
     largest = magnitude > largest ? magnitude : largest;
   }
-  *scale = scale_of(largest);
+  return scale_of(largest);
+}
+
+template <bool kSigned>
+void encode(const float* from, int n, uint8_t* codes, float* scale) {
+  *scale = scale_of_block(from, n);
   const float factor = factor_of<kSigned>(*scale);
   FUSEDOPT_IVDEP
   for (int i = 0; i < n; ++i) codes[i] = quantize<kSigned>(from[i], factor);
+}
+
+void encode(const float* from, int n, const Noise& noise, uint8_t* codes, float* scale) {
+  *scale = scale_of_block(from, n);
+  const float factor = factor_of<false>(*scale);
+  FUSEDOPT_IVDEP
+  for (int i = 0; i < n; ++i) codes[i] = either(from[i], factor, noise.bits[i]);
 }
 
 // The weights of a block: joined with their master, where they have one.
@@ -151,8 +162,13 @@ struct States {
   void store_one() const {
     constexpr bool is_signed = Rule::kSigned >> k & 1;
     if (dtype == Dtype::kCode) {
-      encode<is_signed>(values[k], n, static_cast<uint8_t*>(row.state[k]) + begin,
-                        row.extras.scale[k] + begin / kBlock);
+      uint8_t* const to = static_cast<uint8_t*>(row.state[k]) + begin;
+      float* const scale = row.extras.scale[k] + begin / kBlock;
+      if (precision.stochastic && !is_signed) {
+        encode(values[k], n, Noise(precision, row, 1 + k, begin), to, scale);
+      } else {
+        encode<is_signed>(values[k], n, to, scale);
+      }
     } else if (dtype == Dtype::kBF16) {
       bf16* const to = static_cast<bf16*>(row.state[k]) + begin;
       if (precision.stochastic) {

@@ -136,9 +136,15 @@ struct Tensor {
     const float new_scale = scale_of(largest);
     const float factor = is_signed ? factor_of<true>(new_scale) : factor_of<false>(new_scale);
     Raw raw;
+    if (args.precision.stochastic && !is_signed) {
+      const Random4 random = noise(1 + k, place);
 #pragma unroll
-    for (int i = 0; i < kLane; ++i)
-      raw.set<uint8_t>(i, is_signed ? quantize<true>(from[i], factor) : quantize<false>(from[i], factor));
+      for (int i = 0; i < kLane; ++i) raw.set<uint8_t>(i, either(from[i], factor, random16(random, i)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLane; ++i)
+        raw.set<uint8_t>(i, is_signed ? quantize<true>(from[i], factor) : quantize<false>(from[i], factor));
+    }
     put<uint8_t>(raw, row.state[k], place);
     __syncwarp();  // all have read the old scale
     if (threadIdx.x % 32 == 0) *scale(k, place) = new_scale;

@@ -100,14 +100,15 @@ def obstacle(tensor: Tensor) -> str:
 def step(table: Any, groups: list[tuple[list[float], float]], precision: tuple[float, bool, int] | None = None) -> int:
     """Update the table's active tensors; `groups` gives each group's hyperparameters and gradient factor.
 
-    `precision`: the new weights' share in their averages, whether bfloat16 is rounded stochastically, and the seed;
-    None where nothing is kept beside parameters and states of one dtype. Returns the number of launches.
+    `precision`: the new weights' share in their averages, whether bfloat16 and squares' codes are rounded at random,
+    and the seed; None where nothing is kept beside parameters and states of one dtype. Returns the number of launches.
     """
     return table.cpu_step(groups, torch.get_num_threads(), precision)
 
 
-def sum_of_squares(table: Any) -> float:
-    """Of the gradients of the table's active tensors on the CPU, in double, in one order whatever the threads."""
+def sum_of_squares(table: Any) -> dict[int, float]:
+    """Of the gradients of the table's active tensors on the CPU, by the number of who holds them: in double, in one
+    order whatever the threads."""
     return table.cpu_sum_squares(torch.get_num_threads())
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt.backends import bad_target, cpu
+from fusedopt.backends import bad_target, cpu, sums
 
 name = "cuda"
 device_types = frozenset({"cuda"})
@@ -190,19 +190,24 @@ class Stepper:
         addresses = [scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars]
         return tables.plan.step(groups, tables.memory.data_ptr(), *addresses, _stream(self.device), precision)
 
-    def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> Tensor:
-        """() float64 on the device: of the gradients that the next step() takes, in one order whatever the hardware."""
+    def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> dict[int, Tensor]:
+        """() float64 on the device, by who holds the tensors: of the gradients that the next step() takes, in one
+        order whatever the hardware.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tables = self._laid_out(table, len(groups))
+        by_holders = {0: total}
         if tables is not None:
             chunks = tables.plan.chunks()
-            if tables.partial is None or tables.partial.numel() < chunks:
-                tables.partial = torch.empty(chunks, dtype=torch.float64, device=self.device)
+            n = sum(count for _, count in chunks)
+            if tables.partial is None or tables.partial.numel() < n:
+                tables.partial = torch.empty(n, dtype=torch.float64, device=self.device)
             addresses = (t.data_ptr() for t in (tables.memory, tables.partial, total))
             tables.plan.sum_squares(groups, *addresses, _stream(self.device))
+            by_holders = sums.by_holders(chunks, tables.partial[:n], total)
         if capturing(self.device):
             self._measured = tables
-        return total
+        return by_holders
 
     def _laid_out(self, table: Any, n_groups: int) -> _Tables | None:
         """The tables of the current stream, or of the graph that is captured on it; None where there is nothing."""

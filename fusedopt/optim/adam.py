@@ -33,8 +33,9 @@ class Adam(FusedStep, torch.optim.Adam):
             parameter's dtype, as stock.
         master_weights (bool): keep `state[p]["master"]`, of bfloat16 parameters the int16 that they lack of a float32,
             of float16 ones a float32; updates go there, and parameters are its rounding.
-        stochastic_rounding (bool): of bfloat16 parameters without a master and of bfloat16 states, by Philox keyed by
-            step, parameter and element as it lies.
+        stochastic_rounding (bool): of bfloat16 parameters without a master, of bfloat16 states and of 8-bit ones that
+            are squares, whose decay is below half a code a step (those of either sign go to the nearest code), by
+            Philox keyed by step, parameter and element as it lies.
 
     Options belong to the instance, not to groups, and cannot be changed: their setters raise AttributeError.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.distributed import parts
 from fusedopt.optim import codes, precision
 from fusedopt.optim.precision import EXTRAS, STAMPS
 
@@ -74,11 +75,12 @@ class Checkpoints:
         try:
             self._swapped = True
             with torch.no_grad():
-                for param, state in self.state.items():
-                    self._precision.drop_stale(param, state)
-                    if "ema" in state:
-                        own.append((param, param.detach().clone()))
-                        param.copy_(state["ema"])
+                for param in self.state:
+                    with self._parts(param) as (here, state):
+                        self._precision.drop_stale(here, state)
+                        if "ema" in state:
+                            own.append((here, here.detach().clone()))
+                            here.copy_(state["ema"])
             yield
         finally:
             with torch.no_grad():
@@ -106,20 +108,22 @@ class Checkpoints:
         return {**packed, "state": state}
 
     def _exported(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        self._precision.drop_stale(param, state)
+        with self._parts(param) as (here, kept):
+            self._precision.drop_stale(here, kept)
         extras = {key: state[key] for key in EXTRAS if key in state}
         scales = {f"{key}_scale" for key in state}
         if extras.keys() == state.keys():  # has an average but never a gradient: stock needs all or nothing
             state = self._new_stock_state(param, group)
         for key, value in state.items():
             if f"{key}_scale" in state:
-                yield key, codes.dequantize(value, state[f"{key}_scale"])
+                yield key, parts.whole(codes.dequantize(parts.part(value), state[f"{key}_scale"]), param)
             elif key not in extras and key not in scales:
                 yield key, value
         yield from extras.items()
         if "step" in state and extras:
             yield "extras_step", float(state["step"])
-        elif extras.keys() - {"rounding_step"}:
+        elif extras.keys() - {"rounding_step"} and not parts.is_shared(param):
+            # of a part it would be no other world size's
             yield "extras_checksum", precision.checksum_of(param)
 
     def _new_stock_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +147,8 @@ class Checkpoints:
                         f"state {key!r} of parameter {i} has shape {tuple(value.shape)}, the parameter "
                         f"{tuple(param.shape)}: is it a checkpoint of another model?"
                     )
+                if key in keys | extras and isinstance(value, Tensor):
+                    parts.check_placed(value, param, f"state {key!r} of parameter {i}")
         if not self._precision.on:
             return {**given, "state": {i: self._without_extras(state[i]) for i in state}}
         for i in state:
@@ -167,13 +173,15 @@ class Checkpoints:
                         if isinstance(value, _Held):
                             tensor = tensor.to(param.device)
                         state[key] = tensor.clone() if id(tensor) in given else tensor
-                if self._precision.on:
-                    self._precision.take_over(param, state)
-                    self._adopt_loaded(param, state)
+                if self._precision.on or parts.is_shared(param):
+                    with self._parts(param) as (here, state):
+                        if self._precision.on:
+                            self._precision.take_over(here, state)
+                            self._adopt_loaded(here, state, self._precision.kind(param))
 
-    def _adopt_loaded(self, param: Tensor, state: dict[str, Any]) -> None:
+    def _adopt_loaded(self, param: Tensor, state: dict[str, Any], kind: torch.dtype | str) -> None:
         checksum = state.pop("extras_checksum", None)  # is for the first step: the model may be loaded after this
-        self._precision.adopt(param, state, self._signed())
+        self._precision.adopt(param, state, self._signed(), kind)
         if checksum is not None:
             state["extras_checksum"] = checksum
 

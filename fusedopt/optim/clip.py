@@ -31,14 +31,12 @@ class Clip:
     def skipped(self) -> Tensor:
         return torch.zeros((), dtype=torch.int64) if self._skipped is None else self._skipped.clone()
 
-    def __call__(
-        self, squares: list[Tensor], found_inf: Tensor | None, scale: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """(found_inf, scale) with the skipped step and the coefficient in them; `squares`: sums of the gradients'."""
-        device = next((s.device for s in squares if s.device.type != "cpu"), torch.device("cpu"))
-        dtype = torch.float64  # a norm whose square is no float32 is a norm
-        squares = [s.to(device, dtype, non_blocking=True) for s in squares]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=dtype)
+    def __call__(self, total: Tensor, found_inf: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """(found_inf, scale) with the skipped step and the coefficient in them.
+
+        `total`: () float64, the sum of all gradients' squares; a norm whose square is no float32 is a norm.
+        """
+        device, dtype = total.device, total.dtype
         scale = torch.ones((), dtype=dtype, device=device) if scale is None else scale.to(device, dtype)
         norm = total.sqrt() / scale
         if self.max_norm is not None:

@@ -18,19 +18,37 @@ def _blocks(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
 
 
-def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes as a dense float32 tensor lies, int8 (`signed`) or uint8, and (blocks,) float32 scales."""
+def quantize(values: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes as a dense float32 tensor lies, int8 (`signed`) or uint8, and (blocks,) float32 scales.
+
+    `random`: (numel,) 16 bits for each element as it lies; unsigned codes are then not the nearest, but one of the two
+    around a value, each with the probability that makes the mean the value.
+    """
     blocks = _blocks(flat(values))
     largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_empty(0)
     scales = torch.where(largest.isfinite(), largest.clamp(min=2.0**-90), torch.nan)
     part = blocks.abs() * scales.reciprocal()[:, None]
     if signed:
         codes = (127 * part.sqrt()).round().nan_to_num() * blocks.sign().nan_to_num()
+    elif random is not None:
+        codes = _either(blocks.abs() * (255.0**4 / scales)[:, None], _blocks(random)).clamp(
+            min=(blocks > 0).to(part.dtype)
+        )
     else:
         codes = (255 * part.sqrt().sqrt()).round().nan_to_num().clamp(min=(blocks > 0).to(part.dtype))
     out = torch.empty_like(values, dtype=torch.int8 if signed else torch.uint8)
     flat(out).copy_(codes.view(-1)[: values.numel()])
     return out, scales
+
+
+def _either(part: Tensor, random: Tensor) -> Tensor:
+    """The code below or above each `part`, in which the value of code c is c^4; the largest has the largest code."""
+    near = part.sqrt().sqrt().round().nan_to_num().clamp(max=255)
+    square = near * near
+    low = torch.where(square * square > part, near - 1, near).clamp(max=254)
+    square = low * low
+    width = (2 * low + 1) * (2 * square + 2 * low + 1)  # (low + 1)^4 - low^4
+    return low + ((random + 0.5) * 2.0**-16 * width < part - square * square)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:

@@ -6,34 +6,27 @@ pointer, and either binds them to a kernel or hands them to torch's own function
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer, _get_scalar_dtype
 
 from fusedopt import backends
 from fusedopt.backends import cpu, reference
+from fusedopt.distributed import parts
+from fusedopt.distributed.parts import Holders
 from fusedopt.optim import precision
-from fusedopt.optim.checkpoints import Checkpoints
+from fusedopt.optim.by_torch import ByTorch
 from fusedopt.optim.clip import Clip, squares_by_torch
-from fusedopt.optim.precision import EXTRAS, STAMPS, Precision, View
-
-
-class Placement(NamedTuple):
-    """Where one parameter's update runs, and why there."""
-
-    group: int
-    index: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    backend: str
-    reason: str
+from fusedopt.optim.precision import Precision
+from fusedopt.optim.report import Placement
+from fusedopt.optim.tensors import check_memory, real_dtype, same_strides
 
 
 class _Scaling:
@@ -70,15 +63,11 @@ def _option(owner: str, name: str) -> property:
     return property(get, refuse)
 
 
-class FusedStep(Checkpoints):
+class FusedStep(ByTorch):
     """What turns a torch.optim class into a fused one. Mixed in ahead of it; see fusedopt.optim.AdamW for the shape."""
 
-    rule: ClassVar[str]  # of csrc/rules.h
-    states: ClassVar[tuple[str, ...]]  # keys of state[p], in the rule's order
     hyper: ClassVar[tuple[str, ...]]  # keys of a parameter group, in the rule's order
-    # Group options that choose another rule: key -> (what they append to its name, the state they add)
-    options: ClassVar[dict[str, tuple[str, str | None]]] = {}
-    functional: ClassVar[Callable[..., None]]  # torch's own update of lists of tensors
+    norms: ClassVar[bool] = False  # whether a tensor's update depends on norms over all of it
 
     # GradScaler then leaves unscaling and skipping to step().
     _step_supports_amp_scaling = True
@@ -104,11 +93,13 @@ class FusedStep(Checkpoints):
         state_dtype: torch.dtype | str | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        extra_groups: Iterable[Any] = (),
         **kwargs: Any,
     ) -> None:
-        self._options = {"backend": backends.check(backend)}
+        self._options = {"backend": backends.check(backend), "extra_groups": Holders(extra_groups).extra_groups}
         self._clip = Clip(max_norm, skip_non_finite)
-        self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay)
+        squares = not all(self._signed().values())
+        self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay, squares)
         self._forget()
         super().__init__(params, *args, **kwargs)
         self._precision.check_all([p for group in self.param_groups for p in group["params"]])
@@ -147,37 +138,39 @@ class FusedStep(Checkpoints):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._in_backward.finish()
+            return loss
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._update()
         return loss
 
     def _update(self) -> None:
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        slots = self._gather()
+        grads = parts.gradients(param for _, param, _ in slots)
+        together = self._holders.communicate  # then no process may turn back by what it alone has found
+        if together and not self._clip.on and found_inf is not None:
+            _, found_inf = self._holders.total({}, found_inf)
         on_host = _Scaling(found_inf, scale)
-        if not self._steppers and on_host.skip:
+        if not self._steppers and not (together and self._clip.on) and on_host.skip:
             return  # GradScaler: nothing may change, step counters included
 
-        averages = self._precision.averages
         fallback: list[list[Tensor]] = [[] for _ in self.param_groups]
         held: list[Tensor] = []  # copies and views that must outlive the launch
-        if self._table is None:
-            for group, tensors in zip(self.param_groups, fallback, strict=True):
-                tensors.extend(p for p in group["params"] if p.grad is not None or averages)
-        else:
-            rules = [cpu.rules()[self._rule(group)][0] for group in self.param_groups]
-            for slot in self._table.gather(self.param_groups, self.state, rules, averages):
-                param, group_index = self._table.slot(slot)
-                try:
-                    held += self._admit(slot, param, self.param_groups[group_index], rules[group_index])
-                except Unfusable:
-                    fallback[group_index].append(param)
+        for slot, param, group_index in slots:
+            try:
+                held += self._admit(slot, param, grads.get(param), self.param_groups[group_index])
+            except Unfusable:
+                fallback[group_index].append(param)
 
         if self._clip.on:
-            found_inf, scale = self._clip(self._sums_of_squares(fallback), found_inf, scale)
+            total, found_inf = self._holders.total(self._sums_of_squares(fallback, grads), found_inf)
+            found_inf, scale = self._clip(total, found_inf, scale)
             on_host = _Scaling(found_inf, scale)
         for group, tensors in zip(self.param_groups, fallback, strict=True):
             if tensors and not on_host.skip:
-                self._update_by_torch(group, tensors, on_host.inv_scale)
+                self._update_by_torch(group, tensors, grads, on_host.inv_scale)
         if self._table is not None:
             for stepper in self._steppers.values():
                 told = () if self._precision.told is None else (self._precision.told,)
@@ -188,25 +181,48 @@ class FusedStep(Checkpoints):
                 cpu.step(self._table, groups, self._precision.told)
             # raw writes are invisible to autograd, which would go on with saved tensors that have changed
             torch.autograd.graph.increment_version(self._table.updated())
-        for param, average in self._new_averages:
-            average.copy_(precision.weight(param, self.state[param]))  # the first is what the first step leaves
+        for param in self._new_averages:
+            with self._parts(param) as (here, state):
+                state["ema"].copy_(precision.weight(here, state))  # the first is what the first step leaves
         self._new_averages.clear()
 
-    def _sums_of_squares(self, fallback: list[list[Tensor]]) -> list[Tensor]:
-        """Of the gradients of this step, where they are."""
-        sums = squares_by_torch([p.grad for tensors in fallback for p in tensors if p.grad is not None])
+    def _gather(self) -> list[tuple[int, Tensor, int]]:
+        """(slot, parameter, group index) of the parameters of this step that are not bound as they are now."""
+        averages = self._precision.averages
+        if self._table is None:
+            slots = [
+                (-1, param, g)
+                for g, group in enumerate(self.param_groups)
+                for param in group["params"]
+                if param.grad is not None or averages
+            ]
+        else:
+            rules = [cpu.rules()[self._rule(group)][0] for group in self.param_groups]
+            found = self._table.gather(self.param_groups, self.state, rules, averages)
+            slots = [(slot, *self._table.slot(slot)) for slot in found]
+        known = None if self._table is None else self._table.filled()
+        if slots or known != self._known:
+            self._holders.look([param for group in self.param_groups for param in group["params"]])
+            self._known = known
+        return slots
+
+    def _sums_of_squares(self, fallback: list[list[Tensor]], grads: dict[Tensor, Tensor]) -> dict[int, list[Tensor]]:
+        """Of the gradients of this step, where they are, by the number of who holds them."""
+        sums: dict[int, list[Tensor]] = {}
+        by_torch: dict[int, list[Tensor]] = {}
+        for param in (p for tensors in fallback for p in tensors if p in grads):
+            by_torch.setdefault(self._holders.number(param), []).append(grads[param])
+        for number, some in by_torch.items():
+            sums.setdefault(number, []).extend(squares_by_torch(some))
         if self._table is not None:
             if self._on_cpu:
-                sums.append(torch.tensor(cpu.sum_of_squares(self._table), dtype=torch.float64))
+                for number, total in cpu.sum_of_squares(self._table).items():
+                    sums.setdefault(number, []).append(torch.tensor(total, dtype=torch.float64))
             for stepper in self._steppers.values():
-                sums.append(stepper.sum_of_squares(self._table, self._device_groups(stepper.device)))
+                found = stepper.sum_of_squares(self._table, self._device_groups(stepper.device))
+                for number, total in found.items():
+                    sums.setdefault(number, []).append(total)
         return sums
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return self.rule + "".join(suffix for key, (suffix, _) in self.options.items() if group[key])
-
-    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self.states + tuple(state for key, (_, state) in self.options.items() if state and group[key])
 
     def _device_groups(self, device: torch.device) -> list[tuple[list[float], float, int, bool]]:
         """As fusedopt.backends.cuda.Stepper.step takes them: a learning rate on the device is read there."""
@@ -229,7 +245,7 @@ class FusedStep(Checkpoints):
     def _check_fusable(self, param: Tensor, grad: Tensor | None, group: dict[str, Any]) -> ModuleType:
         """The backend whose kernels take the tensor as it is; raises Unfusable where there is none."""
         backend = backends.select(self._options["backend"], param.device)
-        if backend is reference:
+        if self._table is None or backend is reference:
             raise Unfusable(
                 "asked for"
                 if self._options["backend"] == "reference"
@@ -237,9 +253,12 @@ class FusedStep(Checkpoints):
             )
         if group.get("differentiable"):
             raise Unfusable("differentiable=True")
+        if self.norms and self._holders.number(param):
+            raise Unfusable("its norms are sums over processes")
+        param = parts.part(param)
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
             raise Unfusable("sparse")
-        real = _real_dtype(param.dtype)
+        real = real_dtype(param.dtype)
         kind = self._state_kind(param)
         if not backend.supports(cpu.rules()[self._rule(group)][0], real, real, kind):
             raise Unfusable(f"no kernel for {param.dtype}" + (f" with {kind} states" if kind != real else ""))
@@ -249,11 +268,13 @@ class FusedStep(Checkpoints):
             raise Unfusable(obstacle)
         return backend
 
-    def _admit(self, slot: int, param: Tensor, group: dict[str, Any], rule: int) -> list[Tensor]:
-        """Bind one parameter to its kernel; returns the temporaries that must live until the launch."""
-        grad = param.grad
+    def _admit(self, slot: int, param: Tensor, grad: Tensor | None, group: dict[str, Any]) -> list[Tensor]:
+        """Bind one parameter to its kernel; returns the temporaries that must live until the launch.
+
+        `grad`: what of its gradient lies here, summed where it was Partial.
+        """
         if grad is not None:
-            _check_memory(param, grad)
+            check_memory(parts.part(param), grad)
         backend = self._check_fusable(param, grad, group)
         known = bool(self.state.get(param))
         if not known and backend is not cpu and backend.capturing(param.device):
@@ -264,8 +285,46 @@ class FusedStep(Checkpoints):
         stepped = self._has_stepped(param, group)
         self._stock_lists(group, [param])  # stock's own checks, errors and state
         made = self._adopt(param, group, stepped)
-        state = self.state.get(param)
-        kind = self._state_kind(param)
+        has_state = param in self.state
+        with self._parts(param) if has_state else contextlib.nullcontext((parts.part(param), {})) as (here, state):
+            told, held = self._read(here, grad, state, group, backend, self._state_kind(param), bool(made), known)
+        if parts.is_shared(param):
+            told["spec"] = param._spec
+            told["grad_spec"] = None if grad is None else param.grad._spec
+            told["lasting"] &= grad is None or grad is param.grad._local_tensor
+        try:
+            self._table.bind(
+                slot,
+                state_dict=self.state[param] if has_state else None,
+                holders=self._holders.number(param),
+                fresh=bool(made),
+                on_device=backend is not cpu,
+                **told,
+            )
+        except ValueError as error:
+            for key in made:
+                del self.state[param][key]
+                self.state[param].pop(f"{key}_scale", None)
+            raise Unfusable(str(error)) from None
+        if backend is cpu:
+            self._on_cpu = True
+        elif here.device not in self._steppers:
+            self._steppers[here.device] = backend.Stepper(here.device)
+        return held
+
+    def _read(
+        self,
+        param: Tensor,
+        grad: Tensor | None,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        backend: ModuleType,
+        kind: torch.dtype | str,
+        fresh: bool,
+        known: bool,
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """What the table is told of a parameter's tensors, and those that must live until the launch."""
+        rule = cpu.rules()[self._rule(group)][0]
         states = []
         for key in self._states(group) if grad is not None else ():
             value = state[key]
@@ -274,22 +333,22 @@ class FusedStep(Checkpoints):
                     f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}: "
                     "was a checkpoint of another model loaded?"
                 )
-            fits = value.dtype in (torch.int8, torch.uint8) if kind == "8bit" else _real_dtype(value.dtype) == kind
+            fits = value.dtype in (torch.int8, torch.uint8) if kind == "8bit" else real_dtype(value.dtype) == kind
             if not fits or value.device != param.device or value.layout != torch.strided:
                 raise Unfusable(f"state {key!r} is {value.dtype} on {value.device}")
             # a contiguous checkpoint in a channels_last model, say; or a new state, better off on huge pages
-            if not _same_strides(value, param) or (backend is cpu and not known and value.nbytes >= cpu.HUGE):
+            if not same_strides(value, param) or (backend is cpu and not known and value.nbytes >= cpu.HUGE):
                 fresh = torch.empty_like(param, dtype=value.dtype)
                 value = state[key] = (cpu.advised(fresh) if backend is cpu else fresh).copy_(value)
             states.append(value)
         scales = tuple(state[f"{key}_scale"] for key in self._states(group)) if states and kind == "8bit" else ()
-        master, average = (None if state is None else state.get(key) for key in ("master", "ema"))
-        counts = "rounding_step" if state is not None and "rounding_step" in state else "step"
-        counter = None if state is None else state.get(counts)
+        master, average = (state.get(key) for key in ("master", "ema"))
+        counts = "rounding_step" if "rounding_step" in state else "step"
+        counter = state.get(counts)
         if grad is None:
             counter = None
         elif backend is not cpu:
-            counter = self._device_counter(param.device, state, counts, fresh=bool(made))
+            counter = self._device_counter(param.device, state, counts, fresh)
         elif counter is not None and not isinstance(counter, Tensor):
             counter = state[counts] = torch.tensor(float(counter), dtype=_get_scalar_dtype())
         elif counter is not None and counter.device.type != "cpu":
@@ -298,11 +357,11 @@ class FusedStep(Checkpoints):
         held = []
         lasting = not param.is_complex()
         if grad is not None:
-            real = _real_dtype(param.dtype)
-            grad_dtype = grad.dtype if backend.supports(rule, real, _real_dtype(grad.dtype), kind) else param.dtype
+            real = real_dtype(param.dtype)
+            grad_dtype = grad.dtype if backend.supports(rule, real, real_dtype(grad.dtype), kind) else param.dtype
             # a lazily negated or conjugated tensor's memory does not hold its values, and DLPack does not tell
             lasting &= not grad.is_neg()
-            if grad.dtype != grad_dtype or not _same_strides(grad, param) or grad.is_neg() or grad.is_conj():
+            if grad.dtype != grad_dtype or not same_strides(grad, param) or grad.is_neg() or grad.is_conj():
                 grad = torch.empty_like(param, dtype=grad_dtype).copy_(grad)
             held.append(grad)
         if param.is_complex():
@@ -312,64 +371,22 @@ class FusedStep(Checkpoints):
             held += [param, grad, average, *states]
         # the table keeps the memory alive: a state whose .data is swapped goes unnoticed, but must not be freed
         kept = (*states, *scales, *(t for t in (counter, master, average) if t is not None))
-        owners = tuple(t.untyped_storage() for t in kept)
-        try:
-            self._table.bind(
-                slot,
-                param=param,
-                grad=grad,
-                state_dict=state,
-                states=tuple(states),
-                scales=scales,
-                master=master,
-                ema=average,
-                step=counter,
-                owners=owners,
-                fresh=bool(made),
-                lasting=lasting,
-                on_device=backend is not cpu,
-            )
-        except ValueError as error:
-            for key in made:
-                del state[key]
-                state.pop(f"{key}_scale", None)
-            raise Unfusable(str(error)) from None
-        if backend is cpu:
-            self._on_cpu = True
-        elif param.device not in self._steppers:
-            self._steppers[param.device] = backend.Stepper(param.device)
-        return held
+        told = {
+            "param": param,
+            "grad": grad,
+            "states": tuple(states),
+            "scales": scales,
+            "master": master,
+            "ema": average,
+            "step": counter,
+            "owners": tuple(t.untyped_storage() for t in kept),
+            "lasting": lasting,
+        }
+        return told, held
 
-    def _has_stepped(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """As far as a state without a step counter tells."""
-        state = self.state.get(param, {})
-        return any(state.get(key) is not None for key in self._states(group))
-
-    def _adopt(self, param: Tensor, group: dict[str, Any], stepped: bool, buffers: bool = True) -> list[str]:
-        """Bring a parameter's state into the form in which it is kept; returns the keys made: SGD's buffer."""
-        made = []
-        if param.grad is not None and buffers:
-            for key in self._states(group):
-                if self.state[param].get(key) is None:
-                    self.state[param][key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                    made.append(key)
-        if self._precision.on:
-            state = self.state[param]
-            if self._precision.stochastic_rounding and "step" not in state and param.grad is not None:
-                state.setdefault("rounding_step", torch.tensor(float(stepped)))
-            self._precision.adopt(param, state, self._signed())
-            if self._precision.averages and "ema" not in state:
-                state["ema"] = self._precision.new_average(param)
-                self._new_averages.append((param, state["ema"]))
-        return made
-
-    def _state_kind(self, param: Tensor) -> torch.dtype | str:
-        kind = self._precision.kind(param)
-        return kind if isinstance(kind, str) else _real_dtype(kind)
-
-    def _device_counter(self, device: torch.device, state: dict[str, Any] | None, counts: str, fresh: bool) -> Tensor:
+    def _device_counter(self, device: torch.device, state: dict[str, Any], counts: str, fresh: bool) -> Tensor:
         """The step counter, which the device advances: state[counts], or one of our own where stock counts no steps."""
-        known = None if state is None else state.get(counts)
+        known = state.get(counts)
         if isinstance(known, Tensor) and known.device == device and known.dtype == torch.float32:
             return known
         flat, used = self._counters.get(device, (None, 0))
@@ -383,74 +400,6 @@ class FusedStep(Checkpoints):
         if known is not None:
             state[counts] = counter
         return counter
-
-    # --- torch's own functional, tensor by tensor ---
-
-    def _stock_lists(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list, list, dict[str, list]]:
-        """Stock's `_init_group` for some parameters of a group: it raises what stock raises and fills their state."""
-        names = list(inspect.signature(self._init_group).parameters)[3:]
-        lists: dict[str, list] = {name: [] for name in names}
-        with_grad: list[Tensor] = []
-        grads: list[Tensor] = []
-        # stock fills states that are empty: what is kept beside its own is out of its sight
-        hidden = {}
-        for param in params if self._precision.on else ():
-            state = self.state.get(param, {})
-            hidden[param] = {key: state.pop(key) for key in (*EXTRAS, *STAMPS) if key in state}
-        try:
-            self._init_group({**group, "params": params}, with_grad, grads, *lists.values())
-        finally:
-            for param, extras in hidden.items():
-                if extras:
-                    self.state[param].update(extras)
-        return with_grad, grads, lists
-
-    def _update_by_torch(self, group: dict[str, Any], params: list[Tensor], inv_scale: float) -> None:
-        if not self._precision.on:
-            params, grads, lists = self._stock_lists(group, params)
-            self._run_functional(group, params, grads, lists, inv_scale)
-            for param, buffer in zip(params, lists.get("momentum_buffer_list", ()), strict=False):
-                self.state[param]["momentum_buffer"] = buffer  # SGD's function makes the first one
-            return
-        stepped = [self._has_stepped(param, group) for param in params]
-        self._stock_lists(group, params)
-        for param, before in zip(params, stepped, strict=True):
-            self._adopt(param, group, before, buffers=False)
-        stepped, grads, lists = self._stock_lists(group, params)
-        views = [View(param, self.state[param], self._states(group)) for param in stepped]
-        if views:
-            wide = {id(view.state[key]): value for view in views for key, value in view.values.items()}
-            lists = {name: [wide.get(id(value), value) for value in values] for name, values in lists.items()}
-            grads = [grad.to(view.weight.dtype) for grad, view in zip(grads, views, strict=True)]
-            self._run_functional(group, [view.weight for view in views], grads, lists, inv_scale)
-        for view, buffer in zip(views, lists.get("momentum_buffer_list", ()), strict=False):
-            if view.state.get("momentum_buffer") is None:  # SGD's function made it
-                view.state["momentum_buffer"] = torch.zeros_like(view.param)
-                view.values["momentum_buffer"] = buffer
-                self._precision.adopt(view.param, view.state, self._signed())
-        index = {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
-        for view in views:
-            view.store(index[view.param], self._precision.stochastic_rounding)
-        if self._precision.averages:
-            for param in params:
-                kept = precision.weight(param, self.state[param])
-                self.state[param]["ema"].lerp_(kept, 1 - self._precision.ema_decay)
-
-    def _run_functional(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], lists: dict[str, list], inv_scale: float
-    ) -> None:
-        if inv_scale != 1.0:
-            grads = [grad * inv_scale for grad in grads]
-        known = {
-            **group,
-            **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)},
-            "has_complex": any(p.is_complex() for p in params),
-            "has_sparse_grad": any(g.is_sparse for g in grads),
-            "fused": False,
-        }
-        wanted = inspect.signature(self.functional).parameters
-        keywords = {key: known[key] for key in wanted if key in known and key != "params"}
-        self.functional(params, grads, **lists, **keywords)
 
     # --- the instance: reports, copies, checkpoints ---
 
@@ -479,6 +428,8 @@ class FusedStep(Checkpoints):
         return report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if getattr(self, "_in_backward", None) is not None:
+            raise RuntimeError("add_param_group() while backward steps: remove() the handle of step_in_backward first")
         super().add_param_group(param_group)
         try:
             self._precision.check(self.param_groups[-1]["params"])
@@ -501,39 +452,18 @@ class FusedStep(Checkpoints):
         self._on_cpu = False  # whether any tensor steps there
         self._steppers: dict[torch.device, Any] = {}
         self._counters: dict[torch.device, tuple[Tensor, int]] = {}  # a flat tensor, and how many of it are taken
-        self._new_averages: list[tuple[Tensor, Tensor]] = []  # parameters in their first step, and their averages
+        self._new_averages: list[Tensor] = []
+        self._holders = Holders(self._options["extra_groups"])
+        self._known: int | None = None  # the table's tensors for which holders were looked up
         self._swapped = False  # inside ema_weights()
+        self._first_index = 0  # of the parameters, among those whose random bits are told from each other
+        self._in_backward: Any = None  # fusedopt.distributed.backward.StepInBackward
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_clip": self._clip, "_precision": self._precision}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        in_backward = getattr(self, "_in_backward", None)  # load_state_dict() comes here too
         self._forget()
-
-
-def _check_memory(param: Tensor, grad: Tensor) -> None:
-    """Raise where torch's kernels would write to address 0, or do half of an update before they notice."""
-    for tensor, what in ((param, "a parameter"), (grad, "the gradient of a parameter")):
-        plain = type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided
-        if plain and tensor.numel() and not tensor.untyped_storage().nbytes():
-            raise RuntimeError(
-                f"{what} of shape {tuple(param.shape)} has no memory: its storage was resized to 0 bytes (FSDP does so "
-                "outside of forward and backward); give it back before step()"
-            )
-    if grad.device != param.device:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} is on device {param.device}, its gradient on {grad.device}: "
-            "was .data moved after backward()?"
-        )
-
-
-def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _same_strides(a: Tensor, b: Tensor) -> bool:
-    """Same memory order, where the shapes are the same: strides of dimensions of extent 1 do not matter."""
-    return a.stride() == b.stride() or all(
-        s == t or n == 1 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True)
-    )
+        self._in_backward = in_backward

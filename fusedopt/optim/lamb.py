@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,14 @@ def lamb(
     weight_decay: float,
     always_adapt: bool,
     maximize: bool,
+    sum_over_parts: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> None:
-    """LAMB's update of lists of tensors, in plain torch operations: what runs where no kernel does."""
+    """LAMB's update of lists of tensors, in plain torch operations: what runs where no kernel does.
+
+    `sum_over_parts`: (n, 2) sums of squares over the n tensors, of which each may be a part of one that processes
+    share -> over the whole tensors.
+    """
+    moves, directions = [], []
     for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True):
         step += 1
         grad = (-grad if maximize else grad).to(exp_avg.dtype)
@@ -37,13 +44,22 @@ def lamb(
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         correction1, correction2 = ((1 - beta ** step.double()).to(exp_avg.dtype) for beta in (beta1, beta2))
         denominator = (exp_avg_sq / correction2).sqrt_().add_(eps)
-        direction = (exp_avg / correction1).div_(denominator).add_(param, alpha=weight_decay)
-        if weight_decay != 0 or always_adapt:
-            wide = torch.promote_types(param.dtype, torch.float32)
-            length, stride = (torch.linalg.vector_norm(t, dtype=wide) for t in (param, direction))
-            ratio = torch.where((length > 0) & (stride > 0), length / stride, 1.0)
-            direction = direction.to(wide) * ratio
+        moves.append(param)
+        directions.append((exp_avg / correction1).div_(denominator).add_(param, alpha=weight_decay))
+    if (weight_decay != 0 or always_adapt) and moves:
+        squares = [[_sum_of_squares(t) for t in pair] for pair in zip(moves, directions, strict=True)]
+        norms = sum_over_parts(torch.stack([torch.stack(pair) for pair in squares])).sqrt()
+        length, stride = norms.unbind(1)
+        ratios = torch.where((length > 0) & (stride > 0), length / stride, 1.0)
+        wide = [torch.promote_types(direction.dtype, torch.float32) for direction in directions]
+        directions = [d.to(w) * ratio.to(w) for d, w, ratio in zip(directions, wide, ratios, strict=True)]
+    for param, direction in zip(moves, directions, strict=True):
         param.sub_(direction * lr)
+
+
+def _sum_of_squares(tensor: Tensor) -> Tensor:
+    """() float64."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).double().square()
 
 
 class _LAMB(Optimizer):
@@ -128,6 +144,6 @@ class LAMB(FusedStep, _LAMB):
     with phi the identity.
     """
 
-    rule, states = "lamb", ("exp_avg", "exp_avg_sq")
+    rule, states, norms = "lamb", ("exp_avg", "exp_avg_sq"), True
     hyper = ("lr", "beta1", "beta2", "eps", "weight_decay", "always_adapt")
     functional = staticmethod(lamb)

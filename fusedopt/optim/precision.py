@@ -36,7 +36,9 @@ class Precision:
         master_weights: bool,
         stochastic_rounding: bool,
         ema_decay: float | None,
+        squares: bool,
     ) -> None:
+        """`squares`: whether the optimizer has a state that is not in SIGNED."""
         if state_dtype not in (None, torch.float32, torch.bfloat16, "8bit"):
             raise ValueError(f'state_dtype={state_dtype!r} is not None, torch.float32, torch.bfloat16 or "8bit"')
         if ema_decay is not None and (not isinstance(ema_decay, (int, float)) or not 0 <= ema_decay <= 1):
@@ -45,6 +47,7 @@ class Precision:
         self.master_weights, self.stochastic_rounding = bool(master_weights), bool(stochastic_rounding)
         self.on = state_dtype is not None or ema_decay is not None or self.master_weights or self.stochastic_rounding
         self.averages = ema_decay is not None
+        self._rounds_codes = self.stochastic_rounding and state_dtype == "8bit" and squares
 
     @property
     def told(self) -> tuple[float, bool, int] | None:
@@ -56,7 +59,7 @@ class Precision:
     def check(self, params: Iterable[Tensor]) -> None:
         """Raise ValueError for the parameter whose dtype an option cannot take."""
         for param in params:
-            rounds = self._kind(param.dtype) == torch.bfloat16 or param.dtype == torch.bfloat16
+            rounds = self._rounds_codes or torch.bfloat16 in (param.dtype, self._kind(param.dtype))
             narrow = (torch.float32, torch.bfloat16, torch.float16)
             for option, wanted, takes in (
                 (f"state_dtype={self.state_dtype!r}", self.state_dtype is not None, param.dtype in narrow),
@@ -74,28 +77,30 @@ class Precision:
         rounded = {torch.bfloat16} & {self._kind(dtype) for dtype in dtypes}
         if not self.master_weights:
             rounded |= {torch.bfloat16} & dtypes
-        if self.stochastic_rounding and not rounded:
-            raise ValueError("stochastic_rounding=True needs bfloat16 parameters without a master, or bfloat16 states")
+        if self.stochastic_rounding and not (rounded or self._rounds_codes):
+            raise ValueError(
+                "stochastic_rounding=True needs bfloat16 parameters without a master, bfloat16 states, or 8-bit states "
+                "that are squares: those of either sign are rounded to the nearest code"
+            )
 
     def _kind(self, dtype: torch.dtype) -> torch.dtype | str:
         return dtype if self.state_dtype is None else self.state_dtype
 
     def kind(self, param: Tensor) -> torch.dtype | str:
-        """How a parameter's states are kept: a dtype, or "8bit"."""
+        """How a parameter's states are kept: a dtype, or "8bit". By its whole size, however many processes share it."""
         kind = self._kind(param.dtype)
         return torch.float32 if kind == "8bit" and param.numel() < SMALL else kind
 
     # --- a state in and out of the form in which it is kept ---
 
-    def adopt(self, param: Tensor, state: dict[str, Any], signed: dict[str, bool]) -> None:
+    def adopt(self, param: Tensor, state: dict[str, Any], signed: dict[str, bool], kind: torch.dtype | str) -> None:
         """Bring a parameter's state into this form: stock's new one, or what a checkpoint brought.
 
-        `signed`: the keys of its rule's states, and whether they take either sign.
+        `signed`: the keys of its rule's states, and whether they take either sign. `kind`: how they are kept.
         """
         if not self.on:
             return
         self.drop_stale(param, state)
-        kind = self.kind(param)
         for key in [key for key in signed if key in state] if self.state_dtype is not None else ():
             value = state[key]
             scale = state.get(f"{key}_scale")
@@ -192,11 +197,13 @@ class View:
                 self.state["rounding_step"] += 1
             step = int(self.state["rounding_step" if "rounding_step" in self.state else "step"])
 
+        def random(value: Tensor, tensor: int) -> Tensor:  # by place in memory
+            return codes.random16(SEED, step, parameter, tensor, value.numel(), value.device)
+
         def narrow(value: Tensor, to: Tensor, tensor: int) -> None:
             if stochastic and to.dtype == torch.bfloat16:
                 bits = torch.empty_like(value)
-                place = (step, parameter, tensor, value.numel(), value.device)
-                codes.flat(bits).copy_(codes.random16(SEED, *place))  # by place in memory
+                codes.flat(bits).copy_(random(value, tensor))
                 value = codes.stochastic(value, bits.long())
             to.copy_(value)
 
@@ -214,10 +221,10 @@ class View:
             if value is None or value is kept:
                 continue
             if f"{key}_scale" in self.state:
-                for to, new in zip(
-                    (kept, self.state[f"{key}_scale"]), codes.quantize(value, key in SIGNED), strict=True
-                ):
-                    to.copy_(new)
+                bits = random(value, 1 + k) if stochastic and key not in SIGNED else None
+                coded, scale = codes.quantize(value, key in SIGNED, bits)
+                kept.copy_(coded)
+                self.state[f"{key}_scale"].copy_(scale)
             else:
                 narrow(value, kept, 1 + k)
 

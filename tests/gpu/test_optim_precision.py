@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from optim_table import DTYPES, WITH_LION, Case, make_params, set_grads
+from optim_table import DTYPES, Case, make_params, set_grads
 from test_optim import nothing_waits
-from test_precision import MODES, PAIRS
+from test_precision import MODES, ROWS
 
 from fusedopt.optim import precision
 
@@ -28,8 +28,7 @@ def run(case, dtypes, backend, device="cuda", **options):
     ]
 
 
-@pytest.mark.parametrize(("mode", "dtypes"), PAIRS, ids=map("-".join, PAIRS))
-@pytest.mark.parametrize("case", [case for case in WITH_LION if case.name != "Lion"], ids=str)
+@pytest.mark.parametrize(("case", "mode", "dtypes"), [row for row in ROWS if row[0].name != "Lion"], ids=str)
 def test_as_on_the_cpu(case, mode, dtypes, backend):
     ours, theirs = (
         run(case, dtypes, name, device, **MODES[mode]) for name, device in ((backend, "cuda"), ("cpu", "cpu"))

@@ -5,7 +5,7 @@ import sys
 
 import torch
 from optim_table import DTYPES, SHAPES, WITH_LION
-from test_precision import MODES, PAIRS, large_params, set_all_grads
+from test_precision import MODES, ROWS, large_params, set_all_grads
 
 from fusedopt.optim import codes
 from fusedopt.optim.precision import weight
@@ -22,7 +22,7 @@ FEW = [
 def table(size):
     """Cases, modes and dtypes."""
     if size == "full":
-        return [(case, *pair) for case in WITH_LION for pair in PAIRS]
+        return ROWS
     return [(next(case for case in WITH_LION if case.name == name), *pair) for name, *pair in FEW]
 
 

@@ -84,6 +84,7 @@ class Launch(NamedTuple):
     grads: Any  # (n_rows,) int64
     chunk_rows: Any  # (n_chunks,) int32
     changed: bool  # any of the three, since the table's last step
+    holders: int = 0  # see csrc/gather.h's Slot
 
 
 def available() -> bool | str:
@@ -162,11 +163,13 @@ class Stepper:
         ]
         return sent.step(launches, _group_words(groups), *scalars, precision)
 
-    def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> Tensor:
-        """() float64 on the device: of the gradients that the next step() takes, in one order whatever the hardware."""
+    def sum_of_squares(self, table: Any, groups: list[tuple[list[float], float, int, bool]]) -> dict[int, Tensor]:
+        """() float64 on the device, by who holds the tensors: of the gradients that the next step() takes, in one
+        order whatever the hardware.
+        """
         sent, launches = self._laid_out(table)
         if not launches:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
+            return {0: torch.zeros((), dtype=torch.float64, device=self.device)}
         return sent.sum_of_squares(launches, _group_words(groups))
 
     def _laid_out(self, table: Any) -> tuple[DeviceTable, list[Launch]]:
@@ -189,8 +192,9 @@ class Stepper:
                 _words(grads, torch.int64),
                 _words(chunk_rows, torch.int32),
                 changed,
+                holders,
             )
-            for rule, dtypes, rows, grads, chunk_rows, changed in plan.lay_out(table, self.device.index or 0)
+            for rule, dtypes, rows, grads, chunk_rows, changed, holders in plan.lay_out(table, self.device.index or 0)
         ]
         return sent, launches
 

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fusedopt.backends import cpu
+from fusedopt.backends import cpu, sums
 from fusedopt.backends.triton import PLAIN, Launch, Precision, kernels, precise
 from fusedopt.backends.triton.options import options
 from fusedopt.backends.triton.precise import Kind
@@ -79,8 +79,8 @@ class DeviceTable:
         self._measures: list[tuple[Callable[..., Any], int]] = []  # and how many chunks
         self._partial: Tensor | None = None
 
-    def sum_of_squares(self, launches: Sequence[Launch], groups: Tensor) -> Tensor:
-        """() float64: of all gradients; two kernels and one of each Launch."""
+    def sum_of_squares(self, launches: Sequence[Launch], groups: Tensor) -> dict[int, Tensor]:
+        """() float64 of all gradients, by their holders; two kernels and one of each Launch."""
         with torch.accelerator.device_index(self._device.index if self._on_gpu else None):
             self._send(launches, torch.as_tensor(groups))
             n = sum(chunks for _, chunks in self._measures)
@@ -90,7 +90,8 @@ class DeviceTable:
             for measure, chunks in self._measures:
                 measure(self._partial[begin : begin + chunks])
                 begin += chunks
-            return self._partial.sum()
+            chunks = [(launch.holders, len(launch.chunk_rows)) for launch in launches]
+            return sums.by_holders(chunks, self._partial, self._partial.sum())
 
     def step(
         self,
