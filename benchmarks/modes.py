@@ -35,6 +35,7 @@ BASE = Mode("f32", "f32", "f32")
 MODES = (
     BASE,
     Mode("8-bit states", "8bit", "f32", claimed=True),
+    Mode("8-bit states, squares at random", "8bit-stochastic", "f32", claimed=True),
     Mode("bf16 states", "bf16", "f32"),
     Mode("bf16 weights", "f32", "bf16"),
     Mode("bf16 weights, master", "f32", "bf16-master", claimed=True),

@@ -53,10 +53,9 @@ def test_what_is_kept_and_its_bytes(corpus, state, weights):
     params = list(made.model.parameters())
     assert {p.dtype for p in params} == {torch.float32 if wide else torch.bfloat16}
     count = sum(p.numel() for p in params)
-    coded = [p.numel() for p in params if p.numel() >= 4096]  # smaller ones stay float32
-    assert coded
-    states = {"f32": 8 * count, "bf16": 4 * count}.get(state, 8 * count - 6 * sum(coded))
-    states += 2 * 4 * sum(math.ceil(n / 256) for n in coded) if state == "8bit" else 0
+    coded = [p.numel() for p in params if p.numel() >= 4096 and state.startswith("8bit")]  # smaller ones stay float32
+    states = 4 * count if state == "bf16" else 8 * count - 6 * sum(coded) + 2 * 4 * sum(-(-n // 256) for n in coded)
+    assert bool(coded) == state.startswith("8bit")
     expected = {
         "weights": 4.0 if wide else 2.0,
         "states": (states + 4 * len(params)) / count,  # and a step counter each
@@ -84,7 +83,7 @@ def test_the_average_is_validated(corpus, name):
     with torch.no_grad():
         for p, value in zip(made.model.parameters(), average, strict=True):
             p.copy_(value)
-    assert made.evaluate(made.model, validation) == pytest.approx(losses["val_loss_ema"], rel=1e-6)
+    assert made.validate(validation)["val_loss"] == pytest.approx(losses["val_loss_ema"], rel=1e-6)
     assert losses["val_loss_ema"] != pytest.approx(losses["val_loss"], rel=1e-3)
     assert any(not torch.equal(p, old) for p, old in zip(made.model.parameters(), own, strict=True))
 
@@ -166,6 +165,10 @@ def test_a_teacher_and_an_lstm_in_bfloat16(corpus, tmp_path, weights):
         (["--stock", "--state", "8bit"], "--state 8bit: torch's optimizers keep states as the weights are, here f32"),
         (["--stock", "--weights", "bf16", "--state", "f32"], "as the weights are, here bf16"),
         (["--optimizer", "sgd", "--state", "8bit"], "sgd without momentum keeps no state; give --momentum"),
+        (
+            ["--optimizer", "lion", "--state", "8bit-stochastic"],
+            "lion keeps no squares to round at random; use --state",
+        ),
         (["--dtype", "float16", "--weights", "bf16"], "--dtype float16: with --weights bf16 the model computes in"),
         (["--dtype", "float32", "--weights", "bf16-master"], "or use --weights f32"),
         (["--optimizer", "lamb", "--stock"], "torch.optim has no LAMB"),

@@ -12,22 +12,29 @@ import torch
 
 from .checkpoint import CHECKPOINT
 
-# lr: the default, tried on the default model and data. momentum: whether the optimizer has it
+# lr: the default, tried on the default model and data. momentum: whether the optimizer has it. squares: whether a state
+# is one. weight_decay: the default, where it is not the optimizer's own
 OPTIMIZERS: dict[str, dict] = {
-    "adam": {"name": "Adam", "lr": 1e-3, "momentum": False},
-    "adamw": {"name": "AdamW", "lr": 1e-3, "momentum": False},
-    "rmsprop": {"name": "RMSprop", "lr": 1e-3, "momentum": True},
-    "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False},
-    "sgd": {"name": "SGD", "lr": 0.3, "momentum": True},
-    "lion": {"name": "Lion", "lr": 2e-4, "momentum": False},
+    "adam": {"name": "Adam", "lr": 1e-3, "momentum": False, "squares": True},
+    "adamw": {"name": "AdamW", "lr": 1e-3, "momentum": False, "squares": True},
+    "rmsprop": {"name": "RMSprop", "lr": 1e-3, "momentum": True, "squares": True},
+    "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False, "squares": True},
+    "sgd": {"name": "SGD", "lr": 0.3, "momentum": True, "squares": False},
+    "lion": {"name": "Lion", "lr": 2e-4, "momentum": False, "squares": False},
     # without a decay, LAMB's trust ratio is 1 and it is Adam
-    "lamb": {"name": "LAMB", "lr": 1e-2, "momentum": False, "weight_decay": 0.01},
+    "lamb": {"name": "LAMB", "lr": 2e-2, "momentum": False, "squares": True, "weight_decay": 0.01},
 }
 FINE_TUNE_LR = 0.1  # --init-from: the default rate is this share of the one above
 SCHEDULES = ("constant", "exponential", "step", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
-STATES = {"f32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}  # fusedopt's state_dtype
-WEIGHTS: dict[str, dict[str, bool]] = {  # fusedopt's options; all but the first make the parameters bfloat16
+# --state and --weights as fusedopt's options; all weights but the first are bfloat16 parameters
+STATES: dict[str, dict] = {
+    "f32": {"state_dtype": torch.float32},
+    "bf16": {"state_dtype": torch.bfloat16},
+    "8bit": {"state_dtype": "8bit"},
+    "8bit-stochastic": {"state_dtype": "8bit", "stochastic_rounding": True},
+}
+WEIGHTS: dict[str, dict] = {
     "f32": {},
     "bf16": {},
     "bf16-master": {"master_weights": True},
@@ -101,7 +108,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
     add("--max-norm", type=float, default=1.0, help="clip the gradient's total norm; 0 does not (default: %(default)s)")
     add("--ema", type=float, metavar="DECAY", help="keep an average of the weights, and validate it too; 0.999, say")
-    add("--state", choices=STATES, help="of the optimizer: how it is kept (default: f32; --stock: as the weights are)")
+    add(
+        "--state",
+        choices=STATES,
+        help="of the optimizer: how it is kept; 8bit-stochastic rounds the codes of squares at random (default: f32; "
+        "--stock: as the weights are)",
+    )
     add(
         "--weights",
         choices=WEIGHTS,
@@ -258,6 +270,10 @@ def _check_precision(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--state {args.state}: torch's optimizers keep states as the weights are, here {as_weights}; leave out "
             "--stock or --state"
+        )
+    if args.state == "8bit-stochastic" and not OPTIMIZERS[args.optimizer]["squares"]:
+        raise UsageError(
+            f"--state {args.state}: {args.optimizer} keeps no squares to round at random; use --state 8bit"
         )
     if args.state in ("bf16", "8bit") and args.optimizer == "sgd" and not args.momentum:
         raise UsageError(f"--state {args.state}: sgd without momentum keeps no state; give --momentum, or leave it out")

@@ -17,13 +17,9 @@ def weight_dtype(args: argparse.Namespace) -> torch.dtype:
 
 def fused_options(args: argparse.Namespace) -> dict[str, Any]:
     """fusedopt's keywords for all that is to happen within the step; none for a plain one."""
-    state = STATES[args.state]
-    options = {
-        "max_norm": args.max_norm or None,
-        "ema_decay": args.ema,
-        "state_dtype": None if state == weight_dtype(args) else state,
-        **WEIGHTS[args.weights],
-    }
+    options = {"max_norm": args.max_norm or None, "ema_decay": args.ema, **STATES[args.state], **WEIGHTS[args.weights]}
+    if options["state_dtype"] == weight_dtype(args):
+        del options["state_dtype"]  # as stock keeps them
     return {name: value for name, value in options.items() if value is not None}
 
 
