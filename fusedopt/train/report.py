@@ -64,7 +64,7 @@ def write(
         f"{args.model}, {parameters / 1e6:.2f} M parameters, vocabulary {args.vocab_size:,}, "
         f"{args.optimizer}, {precision(args)}, {tokens:,} tokens per step"
     )
-    title = textwrap.fill(title, 100)  # as wide as the plots
+    title = textwrap.fill(title, 100, break_on_hyphens=False)  # as wide as the plots
     plots.loss(out / plots.LOSS, rows, title)
     plots.timing(out / plots.TIMING, figures, title + "\n" + summary["machine"]["line"])
     console = Console(highlight=False)
