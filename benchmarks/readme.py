@@ -13,7 +13,7 @@ from pathlib import Path
 from . import features, report, store
 
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
-NAMES = (*store.SUITES, "train", "plot", "features")
+NAMES = (*store.SUITES, *store.STUDIES, "train", "plot", "features")
 
 
 def block(name: str, folders: list[Path], readme: Path) -> str:
@@ -25,7 +25,7 @@ def block(name: str, folders: list[Path], readme: Path) -> str:
     found = {}
     for folder in folders:
         shown = Path(os.path.relpath(folder, readme.parent)).as_posix()
-        if name in store.SUITES:
+        if name in (*store.SUITES, *store.STUDIES):
             text = report.suite_block(name, folder)
         else:
             text = {"train": report.train_block, "plot": report.plot_block}[name](folder, shown)
