@@ -98,9 +98,9 @@ def _range(vocab_range: Any) -> Range:
 
 def _agree(group: Any, told: tuple[int, ...], device: torch.device) -> tuple[Range, ...]:
     mine = torch.tensor(told, device=device)
-    gathered = torch.empty(dist.get_world_size(group), len(told), dtype=torch.int64, device=device)
+    gathered = torch.empty(dist.get_world_size(group) * len(told), dtype=torch.int64, device=device)
     _all_gather(gathered, mine, group=group)
-    ranks = gathered.tolist()
+    ranks = gathered.view(-1, len(told)).tolist()
     for rank, (first, last, classes, *_) in enumerate(ranks):
         if first < 0 or last - first != classes:
             raise ValueError(_misfit(rank, first, last, classes))
@@ -110,7 +110,7 @@ def _agree(group: Any, told: tuple[int, ...], device: torch.device) -> tuple[Ran
         if first != end:
             wrong = "more than once" if first < end else "nowhere"
             raise ValueError(
-                f"vocab_range: the ranks of tp_group hold {list(ranges)}, and class {min(first, end)} {wrong}; together "
+                f"vocab_range: the ranks of tp_group hold {list(ranges)}, class {min(first, end)} {wrong}; together "
                 "they must hold every class from 0 once"
             )
         end = last
@@ -178,12 +178,15 @@ class Columns:
 
         Raises:
             ValueError: a rank was called with other options; on the CPU, on every rank.
-            RuntimeError: the backend says so where another rank sends more or less than this one.
+            RuntimeError: the backend tells that another rank sends more or less than this one, as it does under
+                TORCH_DISTRIBUTED_DEBUG=DETAIL.
         """
-        world = len(shards.ranges)
-        received = self.sent.new_empty(world, self.sent.numel())
+        world, size = len(shards.ranges), self.sent.numel()
+        received = self.sent.new_empty(world * size)
+        per_rank = received.view(world, size)
+        values = per_rank[:, :-1].view(world, *self.values.shape)
         if not self.values.numel():
-            return received[:, :-1].view(world, *self.values.shape)
+            return values
         self.sent[-1] = digest
         try:
             _all_gather(received, self.sent, group=shards.group)
@@ -192,10 +195,10 @@ class Columns:
                 f"the ranks did not exchange the statistics of their classes; each must call the loss with the same "
                 f"rows, here {self.values.shape[1]}, and options: {error}"
             ) from error
-        if received.device.type == "cpu" and (received[:, -1] != digest).any():
-            ranks = (received[:, -1] != digest).nonzero()[:, 0].tolist()
+        if received.device.type == "cpu" and (per_rank[:, -1] != digest).any():
+            ranks = (per_rank[:, -1] != digest).nonzero()[:, 0].tolist()
             raise ValueError(f"ranks {ranks} of the group call the loss with other options than rank {shards.rank}")
-        return received[:, :-1].view(world, *self.values.shape)
+        return values
 
 
 def sum_over_rows(values: Tensor, shards: VocabShards) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate
 
 from fusedopt import backends
@@ -74,7 +73,7 @@ class Placed:
         classes = logits.shape[class_dim]
         shards = vocab.from_mesh(mesh, placements, class_dim, classes, rows=0 if class_dim else None)
         index_shape = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
-        return cls(mesh, shards, [Replicate() if p.is_shard(class_dim) else p for p in placements], index_shape)
+        return cls(mesh, shards, [p if p.is_shard(0) and class_dim else Replicate() for p in placements], index_shape)
 
     def local_target(self, target: Tensor, logits: Tensor) -> Tensor:
         """The targets of this rank's rows."""
@@ -88,7 +87,7 @@ class Placed:
                     f"whole is not known; give a DTensor with placements {wanted}, or replicated"
                 )
             return target
-        fits = all(p == w or p.is_replicate() for p, w in zip(target.placements, wanted, strict=True))
+        fits = all(p == w or p.is_replicate() for p, w in zip(target.placements, wanted, strict=False))
         if target.device_mesh != self.mesh or not fits:
             raise ValueError(
                 f"target has placements {target.placements}; expected {wanted}, or replicated, on one mesh"
@@ -159,6 +158,13 @@ def checked_weight(weight: Tensor | None, shards: VocabShards, logits: Tensor) -
     return weight.detach().to(compute_dtype(logits.dtype)).contiguous()
 
 
+def refuse_create_graph(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"create_graph=True: {name} over sharded classes has no second derivative; it needs whole logits"
+        )
+
+
 def kernels_for(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     name = backends.for_losses(backend, device, dtype)
     return backends.module(name) if name else torch_rows
@@ -226,9 +232,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return (loss, *rows.stats)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         rest = (None,) * 8
+        refuse_create_graph("cross_entropy")
         if not ctx.at_forward:
             logits, target, weight, lse, from_target = ctx.saved_tensors
             rule = ctx.rule._replace(weight=weight)

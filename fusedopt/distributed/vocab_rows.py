@@ -88,9 +88,10 @@ def statistics(
         stats = torch_rows.new_stats(lse.shape[0], lse.dtype, lse.device)._replace(lse=lse)
     kernels.cross_entropy_forward(logits, targets.label, local, None, 1.0, loss, lse, stats)
     if smoothed:
-        out[2] = loss * logits.shape[1]
-        at_target = torch_rows.scores(logits.gather(1, targets.column[:, None]), rule)[:, 0]
-        loss = lse - at_target
+        at_label = _at(logits, targets.column[:, None], rule)[:, 0]
+        # the kernels multiply this class's logit by 0 once more
+        out[2] = (loss * logits.shape[1]).masked_fill(at_label == -torch.inf, torch.inf)
+        loss = lse - at_label
     from_target.copy_(loss.where(targets.here, 0))
     nothing = _where_nothing(logits, rule, lse, stats)
     if nothing is not None:

@@ -27,9 +27,12 @@ def is_dtensor(*tensors: Tensor | None) -> bool:
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
-def sharded_classes(logits: Tensor) -> bool:
-    """Whether each rank holds some of the classes alone."""
-    return is_dtensor(logits) and any(p.is_shard(class_dim(logits)) for p in logits.placements)
+def sharded_classes(tensor: Tensor, dim: int | None = None) -> bool:
+    """Whether each rank holds some of the classes alone: dimension `dim`, or the logits' own."""
+    if not is_dtensor(tensor):
+        return False
+    dim = class_dim(tensor) if dim is None else dim
+    return any(p.is_shard(dim) for p in tensor.placements)
 
 
 def scaled(logits: Tensor, rule: Any) -> Tensor:

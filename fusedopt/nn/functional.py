@@ -95,10 +95,10 @@ def cross_entropy(
 
     Raises:
         IndexError: a target outside [0, C) that is not ignore_index; nothing has been computed.
-        TypeError, ValueError: z_loss, softcap or logit_scale is no number, or out of its range; tp_group and
-            vocab_range do not fit each other, the logits, or, told on every rank in the first call, what others give.
-        RuntimeError, ValueError: on the CPU, ranks of tp_group differ in the number of rows, or in options. On GPUs
-            only the first call looks; TORCH_DISTRIBUTED_DEBUG=DETAIL finds the rest.
+        TypeError, ValueError: z_loss, softcap or logit_scale is no number, or out of its range.
+        TypeError, ValueError: tp_group and vocab_range do not fit each other or the logits; or the ranks' ranges, rows or
+            options do not fit together, which the first call with a vocab_range tells on every rank. Later calls tell
+            of options on the CPU; different numbers of rows are then found by TORCH_DISTRIBUTED_DEBUG=DETAIL alone.
         What torch raises, for everything else that it raises on.
 
     Source: `torch.nn.functional.cross_entropy`; Milakov & Gimelshein 2018 for the online normaliser; Chowdhery et al.
