@@ -96,8 +96,8 @@ def cross_entropy(
     Raises:
         IndexError: a target outside [0, C) that is not ignore_index; nothing has been computed.
         TypeError, ValueError: z_loss, softcap or logit_scale is no number, or out of its range.
-        TypeError, ValueError: tp_group and vocab_range do not fit each other or the logits; or the ranks' ranges, rows or
-            options do not fit together, which the first call with a vocab_range tells on every rank. Later calls tell
+        TypeError, ValueError: tp_group and vocab_range do not fit each other or the logits; or the ranks' ranges, rows
+            or options do not fit together, told on every rank in the first call with a vocab_range. Later calls tell
             of options on the CPU; different numbers of rows are then found by TORCH_DISTRIBUTED_DEBUG=DETAIL alone.
         What torch raises, for everything else that it raises on.
 
