@@ -492,3 +492,26 @@ assert not loaded, loaded
 
 def test_importing_fusedopt_loads_nothing_of_this():
     subprocess.run([sys.executable, "-c", LIGHT], check=True, timeout=120)
+
+
+@pytest.mark.thorough
+def test_compiled_models():
+    """The loss breaks the graph."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        _, mesh = world()
+        logits, target, _, _ = v.make(6, 19, torch.float32)
+        for x, options in (
+            (logits.clone(), {"tp_group": dist.group.WORLD, "vocab_range": (0, 19)}),
+            (distribute_tensor(logits, mesh, [Shard(1)]), {}),
+        ):
+
+            def model(x, options=options):
+                return cross_entropy(x * 2, target, **options)
+
+            x.requires_grad_()
+            (expected,) = torch.autograd.grad(model(x), x)
+            (grad,) = torch.autograd.grad(torch.compile(model, backend="aot_eager")(x), x)
+            torch.testing.assert_close(grad, expected)
+    finally:
+        dist.destroy_process_group()
