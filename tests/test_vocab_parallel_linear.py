@@ -65,7 +65,8 @@ def assert_as_good(found, dense, exact, dtype):
 def check_features(dtype):
     mine = slice(*shards()["vocab_range"])
     for seed, features in enumerate(v.FEATURES):
-        for reduction in ("mean", "sum", "none"):
+        reductions = ("mean", "sum", "none")
+        for reduction in reductions if dtype == torch.float32 else reductions[seed % 3 :][:1]:
             x, head, b, target, weight, options = data(dtype, seed % 2 == 0, seed=seed, **features)
             options["reduction"] = reduction
 

@@ -42,14 +42,20 @@ class VocabShards:
     def classes(self) -> int:
         return max(last for _, last in self.ranges)
 
-    def bounds(self, device: torch.device) -> Tensor:  # (2, world, 1) int64
+    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:  # (world, 1) int64 each
         """First and last of every rank."""
-        return _bounds(self.ranges, device)
+        return _bounds(self.ranges, device)[:2]
+
+    def order(self, device: torch.device) -> Tensor:  # int64
+        """The ranks that hold classes, in the order of these."""
+        return _bounds(self.ranges, device)[2]
 
 
-@functools.lru_cache(maxsize=64)
-def _bounds(ranges: tuple[Range, ...], device: torch.device) -> Tensor:
-    return torch.tensor(ranges, device=device).t().contiguous()[:, :, None]
+@functools.lru_cache(maxsize=64)  # a copy to a device waits for it
+def _bounds(ranges: tuple[Range, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    first, last = torch.tensor(ranges, device=device).t().contiguous()[:, :, None]
+    order = sorted((r for r in range(len(ranges)) if ranges[r][0] < ranges[r][1]), key=ranges.__getitem__)
+    return first, last, torch.tensor(order, device=device)
 
 
 # --- hand-made shards: the ranks tell each other once ---

@@ -31,6 +31,7 @@ from fusedopt.distributed.vocab_loss import (
     check_target,
     checked_weight,
     kernels_for,
+    ready,
     reduced,
     refuse_create_graph,
     replicated,
@@ -170,8 +171,8 @@ def _forward(
     loss, factor = reduced(rows.loss, factor, call.reduction, shards)
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(now):
-        upstream = torch.as_tensor(1.0 if late else factor, dtype=rows.lse.dtype, device=x.device)
-        gradients = sweeps.gradients(rows.lse, rows.from_target, upstream.expand_as(rows.lse))
+        upstream = vocab_rows.per_row(1.0 if late else factor, rows.lse)
+        gradients = sweeps.gradients(rows.lse, rows.from_target, upstream)
     row_loss, lse, from_target = sweeps.all_rows(*rows[:3])
     loss = row_loss if call.reduction == "none" else loss
     return rows._replace(loss=row_loss, lse=lse, from_target=from_target), loss, gradients, factor if late else 1.0
@@ -196,7 +197,7 @@ class _VocabLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Call, shards: VocabShards,
         digest: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.needs = tuple(ctx.needs_input_grad[:3])
+        ctx.needs, target = tuple(ctx.needs_input_grad[:3]), ready(target)
         rows, loss, ctx.gradients, ctx.scale = _forward(x, weight, bias, target, call, shards, digest, ctx.needs)
         ctx.call, ctx.shards = call, shards
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]

@@ -165,6 +165,11 @@ def refuse_create_graph(name: str) -> None:
         )
 
 
+def ready(tensor: Tensor) -> Tensor:
+    """`tensor`, whose collective has ended: of redistribute(async_op=True) the memory comes with it."""
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
+
+
 def kernels_for(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     name = backends.for_losses(backend, device, dtype)
     return backends.module(name) if name else torch_rows
@@ -179,8 +184,8 @@ def reduced(loss: Tensor, factor: float | Tensor, reduction: str, shards: VocabS
         return loss, 1.0
     total = loss.sum(dtype=torch.float64)
     if shards.row_groups:
-        own = torch.as_tensor(factor, dtype=torch.float64, device=loss.device)
-        total, count = vocab.sum_over_rows(torch.stack([total, own.reciprocal()]), shards)
+        count = vocab_rows.per_row(factor, total).reciprocal()
+        total, count = vocab.sum_over_rows(torch.stack([total, count]), shards)
         factor = 1.0 if reduction == "sum" else count.reciprocal()
     if isinstance(factor, Tensor):
         factor = factor.to(loss.dtype)
@@ -201,7 +206,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         backend: str,
         digest: int,
     ) -> tuple[Tensor, ...]:
-        x = dense_rows(logits)
+        x, target = dense_rows(ready(logits)), ready(target)
         kernels = kernels_for(backend, x.device, x.dtype)
         factor = target_factor(target, rule, shards.classes, reduction == "mean", x.dtype, backend)
         targets = vocab_rows.targets_of(target, rule, shards)
@@ -239,7 +244,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
             logits, target, weight, lse, from_target = ctx.saved_tensors
             rule = ctx.rule._replace(weight=weight)
             targets = vocab_rows.targets_of(target, rule, ctx.shards)
-            return _gradient(ctx, dense_rows(logits), targets, rule, lse, from_target, upstream), *rest
+            return _gradient(ctx, dense_rows(ready(logits)), targets, rule, lse, from_target, upstream), *rest
         if ctx.grad is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time: the gradient of cross_entropy has been handed on. "
@@ -261,6 +266,6 @@ def _gradient(
     over = ctx.inplace and ctx.at_forward
     fused = ctx.kernels is not torch_rows
     grad = x if over else ctx.kernels.new_gradient(x) if fused else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    per_row = torch.as_tensor(ctx.factor * upstream, dtype=lse.dtype, device=lse.device).expand_as(lse)
-    vocab_rows.gradient(x, targets, rule, ctx.shards, lse, from_target, per_row, grad, ctx.kernels)
+    upstream = vocab_rows.per_row(ctx.factor * upstream, lse)
+    vocab_rows.gradient(x, targets, rule, ctx.shards, lse, from_target, upstream, grad, ctx.kernels)
     return grad

@@ -163,8 +163,7 @@ def _merged_stats(
 ) -> Stats:
     dtype = gathered.dtype
     # in the order of the classes: of equal logits the first counts
-    order = sorted(range(len(shards.ranges)), key=lambda rank: shards.ranges[rank])
-    order = torch.tensor([r for r in order if shards.ranges[r][0] < shards.ranges[r][1]], device=gathered.device)
+    order = shards.order(gathered.device)
     best = order[gathered[order, -3].argmax(0)][None]
     first, _ = shards.bounds(gathered.device)
     argmax = (_integers(gathered[:, -2].contiguous()).long() + first).gather(0, best)[0]
@@ -172,6 +171,11 @@ def _merged_stats(
     entropy = (share * (gathered[:, -1].double() + above)).where(share != 0, 0).sum(0)
     lse = lse.where(lse.isfinite(), torch.nan)
     return Stats(lse.to(dtype), argmax, (argmax == target) & targets.counts, (entropy + 0 * lse).to(dtype))
+
+
+def per_row(value: Tensor | float, like: Tensor) -> Tensor:  # (N,)
+    """A number, or a () or (N,) tensor, for every row; made on the device, which nobody waits for."""
+    return value.to(like.dtype).expand_as(like) if isinstance(value, Tensor) else torch.full_like(like, value)
 
 
 def _masses(targets: Targets, rule: Rule, shards: VocabShards) -> tuple[Tensor | float, Tensor | float]:
@@ -232,7 +236,7 @@ def _elements(
     s = _at(logits, columns, rule)
     is_target = targets.here[:, None] & (columns == targets.column[:, None])
     log_p = (-from_target[:, None]).where(is_target, s - lse[:, None])
-    hot = torch.as_tensor(hot, dtype=s.dtype, device=s.device).expand_as(lse)[:, None].where(is_target, 0)
+    hot = per_row(hot, lse)[:, None].where(is_target, 0)
     y = dense[columns] if isinstance(dense, Tensor) else dense
     # p - 1 of a target that is nearly certain keeps its digits
     g = (per_lse[:, None] - hot) * log_p.exp() + hot * log_p.expm1() - y

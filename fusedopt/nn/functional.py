@@ -154,11 +154,9 @@ def _kernels(
         backends.check(backend)
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             return ""
-        if is_dtensor(input, target, weight):
-            return ""
         if input.is_neg() or target.is_neg():  # DLPack does not tell that the values are negated
             return ""
-    if has_torch_function_variadic(input, target, weight):
+    if has_torch_function_variadic(input, target, weight) or is_dtensor(input, target, weight):
         return ""
     kernels = backends.for_losses(backend, input.device, input.dtype)
     if not kernels:
