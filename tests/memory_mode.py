@@ -10,7 +10,7 @@ PRODUCTS = ("mm", "addmm", "addmm_")
 
 
 class Watch(TorchDispatchMode):
-    """`peak`: most bytes alive at once of memory that was allocated inside; `products`: matrix products taken."""
+    """`peak`: most bytes alive at once of CPU memory that was allocated inside; `products`: matrix products taken."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -24,7 +24,7 @@ class Watch(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
+                if storage.device.type == "cpu" and storage._cdata not in self.known:
                     self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self.live.values()))
