@@ -1,4 +1,4 @@
-"""What torch operations hold and how often they multiply, seen through the dispatcher."""
+"""What torch operations hold, how often they multiply, and whether they wait, seen through the dispatcher."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ class Watch(TorchDispatchMode):
         self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self.live.values()))
         return out
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: a tensor's value as a number, a shape that values decide."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique"), name
+        return func(*args, **(kwargs or {}))
