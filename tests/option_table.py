@@ -52,12 +52,12 @@ SCALE = 1024.0
 def reason_against(
     name: str, dtype: torch.dtype, state_dtype: torch.dtype | str | None, master: bool, stochastic: bool
 ) -> tuple[str, str] | None:
-    """The option that cannot be and why, as the README's table has it; None where all of them can."""
+    """The option that cannot be, and a word of the reason; None where all of them can."""
     narrow = dtype in (torch.bfloat16, torch.float16)
     if state_dtype is not None and dtype == torch.float64:
-        return "state_dtype", "cannot serve"
+        return "state_dtype", "as wide as it is"
     if master and not narrow:
-        return "master_weights", "cannot serve" if dtype == torch.float64 else "are whole"
+        return "master_weights", "lack of a float32" if dtype == torch.float64 else "are whole"
     rounded = torch.bfloat16 in (dtype if state_dtype is None else state_dtype, None if master else dtype)
     if stochastic and not (rounded or (state_dtype == "8bit" and name in SQUARES)):
         return "stochastic_rounding", "bfloat16"
@@ -65,8 +65,6 @@ def reason_against(
 
 
 def possible(case: Case, engine: str, dtypes: str, state_dtype: Any, master_weights: bool, stochastic_rounding: bool):
-    if stochastic_rounding and state_dtype == "8bit" and (master_weights or DTYPES[dtypes][0] != torch.bfloat16):
-        return False  # squares' codes rounded at random and nothing else
     if engine == "reference" and dtypes.endswith("f32-grads") and not (master_weights or state_dtype is not None):
         return False  # torch's functions take gradients of the parameter's dtype only
     given = case.name, DTYPES[dtypes][0], state_dtype, master_weights, stochastic_rounding
