@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-TOGETHER = ("tests/gpu/",)  # there is one device
-FILES = ("test_train.py", "test_train_losses.py", "test_benchmarks.py")  # whose fixtures train or measure once a file
+# By the files' names.
+SEVERAL_PROCESSES = re.compile(r"distributed|_ddp|parallel")  # one such test at a time, or their processes starve
+WHOLE_FILES = re.compile(r"test_train|test_benchmarks")  # whose fixtures train or measure, once for the file
 
 
 def unit(nodeid: str) -> str:
-    """Tests of one unit run in one worker, in order: the cases of a function, which share oracles."""
+    """Tests of one unit run in one worker, in order: mostly the cases of a function, which share oracles."""
     path, _, function = nodeid.partition("::")
-    for folder in TOGETHER:
-        if path.startswith(folder):
-            return folder
-    if path.endswith(FILES):
+    if "/gpu/" in path:
+        return "gpu"  # there is one device
+    if SEVERAL_PROCESSES.search(path):
+        return "several processes"
+    if WHOLE_FILES.search(path):
         return path
-    if path.endswith("test_cuda_by_value.py"):
+    if "test_cuda_by_value" in path:
         return nodeid  # each is a process of its own, and long
     return f"{path}::{function.partition('[')[0]}"
 
 
 def long_ones_first(items: list[pytest.Item]) -> None:
     """Files that train and tests that ask for more time, then units of many tests: so that the workers end together."""
-    sizes: dict[str, int] = {}
-    for item in items:
-        sizes[unit(item.nodeid)] = sizes.get(unit(item.nodeid), 0) + 1
-
-    def order(item: pytest.Item) -> tuple[bool, int]:
-        long = item.get_closest_marker("timeout") is not None or unit(item.nodeid).endswith(FILES)
-        return not long, -sizes[unit(item.nodeid)]
-
-    items.sort(key=order)
+    units = [unit(item.nodeid) for item in items]
+    sizes = Counter(units)
+    whole = {name for name in sizes if "::" not in name and name != "gpu"}
+    long = whole | {name for item, name in zip(items, units, strict=True) if item.get_closest_marker("timeout")}
+    order = {name: (name not in long, name not in whole, -size) for name, size in sizes.items()}
+    items.sort(key=lambda item: order[unit(item.nodeid)])
 
 
 class Scheduling(LoadScopeScheduling):
