@@ -1,6 +1,6 @@
 # Each target sets itself up: a virtual environment in .venv, dependencies, the native build.
 #   make train   train a language model on this machine, stock PyTorch and fusedopt side by side (about three minutes)
-#   make test    the test suite, in a process for each core (five minutes on two); ARGS="-n 0 --pdb" for one process
+#   make test    the test suite, in a process for each core (under ten minutes on two); ARGS="-x --pdb": in one process
 #   make bench   the benchmarks; then `make readme` writes their figures into the README
 #   make thorough  what make test leaves out: the CUDA sources under sanitizers, every Triton kernel for every target
 #   make gpu     what a GPU machine adds: tests, compute-sanitizer, benchmarks; make lint   format and lint checks
