@@ -54,9 +54,12 @@ def _either(part: Tensor, random: Tensor) -> Tensor:
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """float32 values, as the codes lie."""
     signed = codes.dtype == torch.int8
-    u = _blocks(flat(codes).float()) * torch.tensor(1 / (127 if signed else 255), dtype=torch.float32)
-    square = u * u.abs()
-    values = scales[:, None] * (square if signed else square * square)
+    u = _blocks(flat(codes).float()).mul_(torch.tensor(1 / (127 if signed else 255), dtype=torch.float32))
+    values = u.abs().mul_(u)
+    del u  # no more than two at a time: an export of many tensors must not need the room of several
+    if not signed:
+        values.mul_(values)
+    values.mul_(scales[:, None])
     out = torch.empty_like(codes, dtype=torch.float32)
     flat(out).copy_(values.view(-1)[: codes.numel()])
     return out
