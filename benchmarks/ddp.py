@@ -29,7 +29,7 @@ from torch import Tensor
 from . import ddp_split, runner
 from .ddp_collectives import Call, Collectives, again, summed
 from .ddp_contenders import SIZES, WRAPPINGS, Contender, Entry, Size, entries, oracle
-from .ddp_split import CLIPPED, NO_COMMUNICATION, NO_OPTIMIZER
+from .ddp_split import NO_COMMUNICATION, NO_OPTIMIZER
 from .machine import ROOT
 
 # float32 trajectories of AdamW stay within 2e-4 of float64's, measured over 3 to 30 steps; a learning rate that is
@@ -152,7 +152,7 @@ class Case:
         self.plan, self.model, self.size, self.turns, self.device = plan, model, size, turns, device
         self.group, self.fake, self.expected = group, fake, expected
         self.tell = lambda text: tell(f"{plan.name}: {text}")
-        self.entries = entries(plan.wrapping)
+        self.entries = entries()
         self.contenders: dict[str, Contender] = {}
         self.told: dict[str, Row] = {}  # what each contender's row says beside times
         generator = torch.Generator().manual_seed(1)
@@ -256,7 +256,7 @@ class Case:
     def checked(self, contender: Contender) -> Row:
         """How far the parameters are from where they ought to be, on the worst rank."""
         initial = [p.detach().to(self.device) for p in self.size.model().parameters()]
-        stays = contender.entry.make is entries(self.plan.wrapping)[0].make
+        stays = contender.entry.name in (NO_OPTIMIZER, NO_COMMUNICATION)
         wanted = initial if stays else self.oracle(bool(contender.entry.clips))
         off, moved = 0.0, 0.0
         for p, q, before in zip(contender.whole(), wanted, initial, strict=True):
@@ -270,7 +270,7 @@ class Case:
         return {"error": told, "error_limit": LIMIT, "verdict": "ok" if error <= LIMIT else "wrong"}
 
     def oracle(self, clip: bool) -> list[Tensor]:
-        """The parameters after all steps, float64: computed by rank 0 on every rank's sequences, and sent to the others.
+        """The parameters after all steps, float64: computed by rank 0 on every rank's sequences, and sent on.
 
         What depends on the whole batch only is kept for the next wrapping.
         """
@@ -281,9 +281,8 @@ class Case:
             self.expected[key] = oracle(self.size, whole, clip, self.device)
         known = self.expected.get(key)
         if known is None:
-            known = [
-                torch.empty_like(p, dtype=torch.float64, device=self.device) for p in self.size.model().parameters()
-            ]
+            params = self.size.model().parameters()
+            known = [torch.empty_like(p, dtype=torch.float64, device=self.device) for p in params]
         for param in known:
             dist.broadcast(param, 0, group=self.group)
         return known
@@ -345,7 +344,3 @@ def host_ms(contender: Contender) -> float:
 
 def collectives_of(calls: list[Call]) -> Row:
     return {"collectives": summed(calls), "sent_bytes": round(sum(call.sent for call in calls))}
-
-
-def unclipped(name: str) -> str:
-    return name.removesuffix(CLIPPED)

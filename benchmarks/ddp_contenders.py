@@ -86,13 +86,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def entries(wrapping: str) -> list[Entry]:
-    """Those of a wrapping; the two that do not step come first."""
+def entries() -> list[Entry]:
+    """All contenders; the two that do not step come first."""
     found = [Entry(NO_OPTIMIZER, Nothing), Entry(NO_COMMUNICATION, Nothing)]
     for name, make in OPTIMIZERS.items():
         found.append(Entry(name, make))
-        # ZeRO's inner optimizer sees its own parameters only: their norm is not the model's
-        inside = name == "fusedopt" and wrapping != "zero1"
+        inside = name == "fusedopt"
         clipping = partial(make, max_norm=MAX_NORM) if inside else make
         found.append(Entry(name + CLIPPED, clipping, "inside" if inside else "before"))
     return found
@@ -155,13 +154,15 @@ class Contender:
             if entry.name == NO_COMMUNICATION:
                 self.model.register_comm_hook(None, at_once)  # the future of a fake all-reduce is empty
         self.params = list(self.model.parameters())
+        self.make = entry.make if isinstance(entry.make, partial) else partial(entry.make)
         if wrapping == "zero1":
-            make = entry.make if isinstance(entry.make, partial) else partial(entry.make)
+            if entry.clips == "inside":  # an inner optimizer sees its own parameters only, the norm is of all ranks'
+                self.make = partial(self.make, extra_groups=(group,))
             self.optimizer: Optimizer = ZeroRedundancyOptimizer(
-                self.params, make.func, process_group=group, parameters_as_bucket_view=True, **make.keywords
+                self.params, self.make.func, process_group=group, parameters_as_bucket_view=True, **self.make.keywords
             )
         else:
-            self.optimizer = entry.make(self.params)
+            self.optimizer = self.make(self.params)
 
     def step(self, tokens: Tensor) -> Clock:
         """One step on (B, T + 1) tokens; the clock has marks between `ddp_split.PHASES`."""
@@ -201,7 +202,7 @@ class Contender:
         params = [p.requires_grad_() for p in ones]
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        optimizer = self.entry.make(params) if params else None  # a rank may have none
+        optimizer = self.make(params) if params else None  # a rank may have none
 
         def run() -> None:
             if optimizer is not None:

@@ -1,4 +1,4 @@
-"""ddp.png: a panel per wrapping, a bar per contender, the step in its parts; what the optimizer exposes is written out."""
+"""ddp.png: a panel per wrapping, a bar per contender, the step in its parts; what the optimizer exposes in figures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def draw(folder: Path) -> None:
         for label, name in zip(ax.get_yticklabels(), names, strict=True):
             label.set_fontweight("bold" if name.startswith("fusedopt") else "normal")
         ax.invert_yaxis()
-        ax.set_xlim(0, longest * 1.75)
+        ax.set_xlim(0, longest * 1.95)
         first = contenders[names[0]]
         ax.set_title(TITLES[first["wrapping"]], loc="left", fontsize=11, fontweight="bold")
         ax.set_xlabel("milliseconds per step", fontsize=9)

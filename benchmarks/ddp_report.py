@@ -1,4 +1,4 @@
-"""The rows of `benchmarks ddp` as tables: for the terminal every contender, for the README what an optimizer exposes."""
+"""The rows of `benchmarks ddp` as tables: for the terminal every contender, for the README what optimizers expose."""
 
 from __future__ import annotations
 
@@ -125,9 +125,11 @@ def exposed(rows: list[Row]) -> str:
             cells = []
             for name in OPTIMIZERS:
                 row = contenders.get(name + clip)
-                known = row is not None and "median_ms" in row
-                text = f"{row['exposed_optimizer_ms']:.2f} ms, {row['exposed_optimizer_ms'] / row['median_ms']:.0%}"
-                cells.append(cell(row, text if known else ""))
+                text = ""
+                if row is not None and "median_ms" in row:
+                    ms = row["exposed_optimizer_ms"]
+                    text = f"{ms:.2f} ms, {ms / row['median_ms']:.0%}"
+                cells.append(cell(row, text))
             lines.append([TITLES[plain["wrapping"]], "yes" if clip else "no", f"{plain['median_ms']:.1f} ms", *cells])
     return report.markdown(["exposed optimizer time", "clipped", "step without it", *OPTIMIZERS], lines)
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks project --params 7e9 --world 256`: what the optimizer would expose where nobody here can measure.
+"""`python -m benchmarks project --params 7e9 --world 256`: what an optimizer would expose where none is measured.
 
 Bytes are counted (project_count), bandwidths stated (project_model.Assumptions), and the same arithmetic is put beside
 what `benchmarks ddp` measured on one and two ranks of a CPU. Nothing here is a measurement of a GPU.
@@ -49,7 +49,7 @@ def shape_of(args: argparse.Namespace) -> Shape:
         raise SystemExit(f"--world {args.world}: at least 2, and whole nodes of --ranks-per-node {args.ranks_per_node}")
     if args.hidden is not None:
         return Shape(args.layers, args.hidden, args.vocab)
-    near = min(PRESETS.values(), key=lambda shape: abs(sum(shape.sizes()) - args.params))
+    near = min(PRESETS.values(), key=lambda shape: abs(shape.about - args.params))
     return Shape(near.layers, near.hidden, args.vocab)
 
 

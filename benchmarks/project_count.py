@@ -54,6 +54,11 @@ class Shape:
         seq = self.seq if hidden is None else max(8, self.seq * hidden // self.hidden)
         return GPT(vocab, seq, layers or self.layers, width, max(1, width // 128))
 
+    @property
+    def about(self) -> int:
+        """Parameters, but for biases and norms."""
+        return self.hidden * (12 * self.layers * self.hidden + 2 * self.vocab + self.seq)
+
     def sizes(self) -> list[int]:
         """Elements of each parameter."""
         with torch.device("meta"):

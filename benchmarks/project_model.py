@@ -99,14 +99,14 @@ def memory_bytes(wrapping: str, contender: str, stepped: int, parameters: int, c
     """That clipping and the update move on a rank, float32."""
     if not clip:
         return stepped * STEP_BYTES[contender]
-    if wrapping == "ZeRO-1":  # the norm is the whole model's, of gradients that each rank has whole
-        return stepped * STEP_BYTES[contender] + parameters * CLIP_BYTES["torch fused"]
-    return stepped * (STEP_BYTES[contender] + CLIP_BYTES[contender])
+    # clip_grad_norm_ beside ZeRO-1 scales the whole model's gradients, which every rank has
+    clipped = parameters if wrapping == "ZeRO-1" and contender != "fusedopt" else stepped
+    return stepped * STEP_BYTES[contender] + clipped * CLIP_BYTES[contender]
 
 
 def norm_calls(wrapping: str, contender: str, counted: Counted) -> int:
-    """Small all-reduces; a norm of gradients that every rank has needs none."""
-    if wrapping in ("DDP", "ZeRO-1"):
+    """Small all-reduces; the norm of gradients that every rank has whole needs none."""
+    if wrapping == "DDP":
         return 0
     return 1 if contender == "fusedopt" else counted.norm_calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ def parted(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 def assumptions(row: Row) -> str:
     given = row["assumptions"]
-    return (
-        f"{row['parameters'] / 1e9:.3g} billion parameters in {row['tensors']} tensors ({row['layers']} layers of "
-        f"{row['hidden']}), AdamW in float32, clipped, {given['tokens']} tokens per rank. Assumed: memory "
-        f"{given['hbm'] / 1e12:g} TB/s, within a node of {given['ranks_per_node']} {given['intra'] / 1e9:g} GB/s, between "
-        f"nodes {given['inter'] / 1e9:g} GB/s per GPU, {given['flops'] / 1e12:g} TFLOP/s of which "
-        f"{given['utilization']:.0%} are reached, {given['latency'] * 1e6:g} us a hop, {given['dtype_bytes']:g} bytes per "
-        "communicated element."
-    )
+    node, tokens, hidden = given["ranks_per_node"], given["tokens"], row["hidden"]
+    said = [
+        f"{row['parameters'] / 1e9:.3g} billion parameters in {row['tensors']} tensors ",
+        f"({row['layers']} layers of {hidden}), AdamW in float32, clipped, {tokens} tokens per rank. ",
+        f"Assumed: memory {given['hbm'] / 1e12:g} TB/s, within a node of {node} {given['intra'] / 1e9:g} GB/s, ",
+        f"between nodes {given['inter'] / 1e9:g} GB/s per GPU, {given['flops'] / 1e12:g} TFLOP/s ",
+        f"of which {given['utilization']:.0%} are reached, {given['latency'] * 1e6:g} us a hop, ",
+        f"{given['dtype_bytes']:g} bytes per communicated element. Host time is this machine's, of CPU tensors; ",
+        "a GPU's foreach, which launches once for many, takes less.",
+    ]
+    return "".join(said)
 
 
 def lines(rows: list[Row]) -> list[list[str]]:
@@ -45,7 +49,7 @@ def lines(rows: list[Row]) -> list[list[str]]:
         cells = []
         for n in SHOWN:
             at = row["ranks"].index(n)
-            cells.append(f"{report.digits(row['exposed_ms'][at])} ms, {row['share'][at]:.1%}")
+            cells.append(f"{report.digits(row['exposed_ms'][at])} ms {row['share'][at]:.1%}")
         sent = f"{row['sent_bytes_per_parameter']:.2f}"
         told = [str(row["calls"]), str(row["norm_calls"]), sent, f"{row['host_us']:.2f} us"]
         found.append([row["case"], row["contender"], *told, *cells])
@@ -54,8 +58,8 @@ def lines(rows: list[Row]) -> list[list[str]]:
 
 def header(rows: list[Row]) -> list[str]:
     world = rows[0]["world"] if rows else 0
-    told = ["collectives", "for the norm", f"B sent per parameter at {world} ranks", "host time per tensor"]
-    return ["exposed optimizer time", "contender", *told, *(f"{n} rank{'s' if n > 1 else ''}" for n in SHOWN)]
+    told = ["calls", "norm's", f"B/param at {world}", "host/tensor"]
+    return ["exposed", "contender", *told, *(f"{n} rank{'s' if n > 1 else ''}" for n in SHOWN)]
 
 
 def errors(rows: list[Row]) -> list[list[str]]:
@@ -77,10 +81,10 @@ def accuracy(checks: list[Row]) -> str:
         return ""
     low, middle, high = np.quantile(ratios, (0.2, 0.5, 0.8))
     negative = sum(row["measured_ms"] <= 0 for row in checks)
-    text = f"Against {len(checks)} measured figures on this CPU the same arithmetic gives {middle:.2f} times what was " \
-           f"measured at the median, {low:.2f} to {high:.2f} times in the middle 60 %"  # fmt: skip
-    return text + (
-        f"; {negative} were measured below 0, within the noise of a step, and are left out." if negative else "."
+    told = f"Beside {len(checks)} figures measured on this CPU the same arithmetic gives, at the median, {middle:.2f} "
+    told += f"times what was measured, {low:.2f} to {high:.2f} times in the middle 60 %"
+    return told + (
+        f"; {negative} were measured below 0, in the noise of a step, and are left out." if negative else "."
     )
 
 
@@ -115,6 +119,7 @@ def draw(folder: Path) -> None:
     """Write project.png: share against ranks for each wrapping, and the check."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     main, checks = parted(store.read(folder / "project.jsonl"))
     if not main:
@@ -132,7 +137,9 @@ def draw(folder: Path) -> None:
         ax.set_title(wrapping, loc="left", fontsize=12, fontweight="bold")
         ax.set_ylim(100 * min(shares) / 1.5, 100 * max(shares) * 1.5)
         ax.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel("ranks")
         ax.set_ylabel("exposed optimizer time,\nshare of the step")
         ax.grid(True, which="major", color="#DDDDDD")
@@ -151,8 +158,6 @@ def draw(folder: Path) -> None:
 
 
 def _wrapped(text: str) -> str:
-    import textwrap
-
     return "\n".join(textwrap.fill(paragraph, 56) for paragraph in text.split("\n"))
 
 
