@@ -96,7 +96,8 @@ def plans(world: int, scaling: bool, batch: int, cases: str) -> list[Plan]:
 
 def spawn(args: argparse.Namespace, out: Path) -> int:
     """This command under torchrun; its status. Ctrl-C reaches the ranks by themselves."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc_per_node}"]
+    ranks = args.nproc_per_node or (torch.cuda.device_count() if args.device == "cuda" else 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "benchmarks", "ddp", "--spawned", "--out", str(out), "--device", args.device]
     command += ["--cases", args.cases, *(["--model", args.model] if args.model else [])]
     command += [flag for flag, on in (("--quick", args.quick), ("--scaling", args.scaling)) if on]

@@ -54,7 +54,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(vocab=256, seq=32, layers=1, dim=32, heads=2, batch=2),
-    "small": Size(vocab=2048, seq=64, layers=4, dim=128, heads=4, batch=4),
+    "small": Size(vocab=4096, seq=16, layers=4, dim=192, heads=4, batch=4),
     "gpt2": Size(vocab=50304, seq=1024, layers=12, dim=768, heads=12, batch=4),
 }
 
@@ -214,12 +214,15 @@ class Contender:
 
 
 def oracle(size: Size, batches: list[Tensor], clip: bool, device: torch.device) -> list[Tensor]:
-    """The parameters after a step on each of the (B, T + 1) batches, in one process, in float64."""
+    """The parameters after a step on each of the (B, T + 1) batches, in one process, in float64; as many sequences at
+    once as a rank has."""
     model = size.model().double().to(device)
     params = list(model.parameters())
     optimizer = AdamW(params, lr=LR)
     for tokens in batches:
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        for part in tokens.split(size.batch):
+            loss = F.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())
+            (loss * len(part) / len(tokens)).backward()
         if clip:
             clip_grad_norm_(params, MAX_NORM)
         optimizer.step()

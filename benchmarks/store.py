@@ -9,7 +9,7 @@ from typing import Any
 
 from . import ddp_split, project_model
 
-SUITES = ("optim", "step", "loss", "linear_loss", "ddp", "project", "host", "install")
+SUITES = ("optim", "step", "loss", "linear_loss", "host", "install", "ddp", "project")
 UNITS = {
     "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
     "bytes": "that must move, read and write each counted",
