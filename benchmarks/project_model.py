@@ -28,7 +28,7 @@ UNITS = {
     "sent_bytes_per_parameter": "by each rank in a step at `world`, ring convention, of the element size `dtype_bytes`",
     "calls": "collectives of a step; norm_calls: small ones of clipping",
     "ranks": "of exposed_ms, step_ms and share = exposed_ms / step_ms: modelled, clipped steps",
-    "host_us": "of clipping and step() per tensor, measured on this machine's CPU, tensors of one element",
+    "host_us": "of clipping and step() per tensor, measured on this machine's CPU, one element each; the thread's time",
     "predicted_ms, measured_ms": "exposed optimizer time on the CPU: the model with bandwidth, host time and small "
     "all-reduce measured in the run of the ddp row `case`, and that row's",
     "off": "predicted_ms / measured_ms - 1",

@@ -109,9 +109,16 @@ def block(folder: Path, shown: str) -> str:
         return ""
     image = f"![Share of the step that the optimizer exposes]({shown}/{PLOT})" if (folder / PLOT).exists() else ""
     title = f"**A {LABEL}; nothing in it was measured on a GPU.** "
+    legend = (
+        " Of each wrapping the collectives of a step, those for the norm, the bytes that a rank sends per parameter, "
+        "the host time of clipping and step() per tensor; and what is exposed, with its share of the step."
+    )
     table = report.markdown(header(main), lines(main))
     return "\n\n".join(
-        filter(None, [title + assumptions(main[0]), table, accuracy(checks), report.provenance("project", main), image])
+        filter(
+            None,
+            [title + assumptions(main[0]) + legend, table, accuracy(checks), report.provenance("project", main), image],
+        )
     )
 
 
