@@ -42,8 +42,8 @@ def digests(args, world):
 
 args = cli.make_parser().parse_args(sys.argv[2:])
 world = World.from_environment()
-cli.check(args)
-with world.joined(args.device):
+cli.check(args, world)
+with world.joined(args.device, args.timeout):
     gathered = digests(args, world)
 gc.collect()  # as main() does
 if world.is_main:
@@ -92,9 +92,9 @@ def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, text, environm
     alone = ["--batch-size", "8", "--out", str(tmp_path / "one")]
     command = [sys.executable, "-m", "fusedopt.train", *options, *alone]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
-    states = [torch.load(tmp_path / name / checkpoint.CHECKPOINT, weights_only=True) for name in ("one", "two")]
     for name in ("stock", "fused"):
-        one, two = (state["contenders"][name]["model"] for state in states)
+        paths = [checkpoint.latest(tmp_path / out) for out in ("one", "two")]
+        one, two = (checkpoint.weights(path, checkpoint.read(path), name) for path in paths)
         # float32 rounding of a mean of means, through 12 steps of Adam
         torch.testing.assert_close(one, two, rtol=0, atol=5e-5)
     losses = [[row["loss"] for row in checkpoint.read_log(tmp_path / name) if "loss" in row] for name in ("one", "two")]
