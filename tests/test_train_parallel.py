@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -25,8 +24,8 @@ from fusedopt.train.distributed import World  # noqa: E402
 MODES = ("ddp", "zero1", "fsdp", "tp")
 TINY = ("--tokenizer", "bytes", "--dim", 16, "--layers", 2, "--seq-len", 16, "--eval-batches", 1,
         "--threads", 1, "--device", "cpu", "--schedule", "constant", "--warmup", 1, "--max-norm", 0.5)  # fmt: skip
-# float32 sums in another order, magnified by steps of AdamW
-LOSSES, WEIGHTS = {"rtol": 2e-5}, {"rtol": 0, "atol": 5e-5}
+# float32 sums in another order
+LOSSES, WEIGHTS = {"rtol": 1e-5}, {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,12 +64,15 @@ def weights(out: Path, contender: str = "fused") -> dict[str, torch.Tensor]:
     return checkpoint.weights(path, checkpoint.read(path), contender)
 
 
-# name: (--parallel, model and optimizer). The clip is felt: without it the first two steps already differ by 1e-3
+# Momentum without a scale of its own: the curve tells half of a clipped norm from the whole
+SGD = ("--optimizer", "sgd", "--momentum", 0.9, "--lr", 1, "--steps", 3)
+ADAMW = ("--lr", 1e-2, "--compare", "--ema", 0.5)
+# name: (--parallel, the rest, and which contenders)
 FRESH = {
-    **{mode: (mode, ("--compare", "--ema", 0.5)) for mode in MODES},
-    "tp logits": ("tp", ("--loss", "logits")),
-    "zero1 lstm": ("zero1", ("--model", "lstm", "--compare")),
-    "fsdp lstm": ("fsdp", ("--model", "lstm", "--compare")),
+    **{mode: (mode, ("--compare", "--ema", 0.5), ("stock", "fused")) for mode in MODES},
+    "tp logits": ("tp", ("--loss", "logits"), ("fused",)),
+    "zero1 lstm": ("zero1", ("--model", "lstm", "--compare"), ("stock", "fused")),
+    "fsdp lstm": ("fsdp", ("--model", "lstm", "--compare"), ("stock", "fused")),
 }
 
 
@@ -87,15 +89,14 @@ def two_ranks(text, tmp_path_factory):
         if others:
             jobs[-1]["others"] = arguments(text, folder / out, *given, *others)
 
-    for name, (mode, options) in FRESH.items():
-        job(name, name, mode, "--steps", 4, *options)
-
-    alone(*arguments(text, folder / "relay", "--batch-size", 8, "--compare", "--ema", 0.5, "--steps", 2))
+    for name, (mode, options, _) in FRESH.items():
+        job(name, name, mode, *SGD, *options)
+    alone(*arguments(text, folder / "relay", "--batch-size", 8, *ADAMW, "--steps", 2))
     for legs, mode in enumerate(MODES, start=2):
-        job(f"relay {mode}", "relay", mode, "--compare", "--ema", 0.5, "--steps", 2 * legs, "--resume")
+        job(f"relay {mode}", "relay", mode, *ADAMW, "--steps", 2 * legs, "--resume")
 
-    job("another model", "fsdp", "fsdp", "--compare", "--ema", 0.5, "--steps", 6, "--resume", "--layers", 1)
-    job("another batch", "fsdp", "fsdp", "--compare", "--ema", 0.5, "--steps", 6, "--resume", "--batch-size", 3)
+    job("another model", "fsdp", "fsdp", *SGD, *FRESH["fsdp"][1], "--resume", "--layers", 1)
+    job("another batch", "fsdp", "fsdp", *SGD, *FRESH["fsdp"][1], "--resume", "--batch-size", 3)
     job("another lr on rank 1", "fresh", "ddp", "--steps", 6, others=("--lr", 0.5))
     job("no text on rank 1", "fresh", "ddp", "--steps", 6, others=("--data", "no/such/text"))
     job("heads", "fresh", "tp", "--steps", 6, "--heads", 1)
@@ -111,24 +112,24 @@ def test_every_mode_is_one_process(text, two_ranks, tmp_path):
     folder, complaints = two_ranks
     for name in FRESH:
         assert [rank[name] for rank in complaints] == ["", ""]
-    alone(*arguments(text, tmp_path / "gpt", "--batch-size", 8, "--compare", "--ema", 0.5, "--steps", 4))
-    alone(*arguments(text, tmp_path / "lstm", "--model", "lstm", "--batch-size", 8, "--compare", "--steps", 4))
-    for name, (_, options) in FRESH.items():
+    alone(*arguments(text, tmp_path / "gpt", "--batch-size", 8, *SGD, "--compare", "--ema", 0.5))
+    alone(*arguments(text, tmp_path / "lstm", "--batch-size", 8, *SGD, "--compare", "--model", "lstm"))
+    for name, (_, options, contenders) in FRESH.items():
         one = tmp_path / ("lstm" if "lstm" in options else "gpt")
-        for contender in ("stock", "fused") if "--compare" in options else ("fused",):
-            for key in ("loss", "val_loss", "val_loss_ema") if "--ema" in options else ("loss", "val_loss"):
+        for contender in contenders:
+            for key in ("loss", "val_loss", *(("val_loss_ema",) if "--ema" in options else ())):
                 np.testing.assert_allclose(
                     curve(folder / name, contender, key), curve(one, contender, key), **LOSSES, err_msg=f"{name} {key}"
                 )
             torch.testing.assert_close(weights(folder / name, contender), weights(one, contender), **WEIGHTS)
-        assert curve(folder / name, "fused", "tokens") == curve(one, "fused", "tokens")
+            assert curve(folder / name, contender, "tokens") == curve(one, contender, "tokens")
 
 
 def test_each_mode_goes_on_where_another_left_off(text, two_ranks, tmp_path):
     folder, complaints = two_ranks
     assert [[rank[f"relay {mode}"] for mode in MODES] for rank in complaints] == [[""] * 4] * 2
     shutil.copytree(folder / "relay", tmp_path / "relay")
-    common = ("--batch-size", 8, "--compare", "--ema", 0.5, "--steps", 12)
+    common = ("--batch-size", 8, *ADAMW, "--steps", 12)
     alone(*arguments(text, tmp_path / "relay", *common, "--resume"))
     alone(*arguments(text, tmp_path / "whole", *common))
     for contender in ("stock", "fused"):
@@ -156,8 +157,7 @@ def test_bad_input_is_every_ranks(two_ranks):
         assert first == second
         assert first.startswith("UsageError: ") and complaint in first
     assert not (folder / "fresh").exists()
-    assert checkpoint.latest(folder / "fsdp").name == "checkpoint-000004"  # as it was
-    assert curve(folder / "fsdp", "fused") and json.loads((folder / "jobs.json").read_text())
+    assert checkpoint.latest(folder / "fsdp").name == "checkpoint-000003"  # as it was
 
 
 # ------------------------------------------------------------------------------------------------- ranks that die

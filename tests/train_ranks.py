@@ -77,10 +77,6 @@ def rank_main(folder: Path) -> None:
             return str(run.Run(args, here).train() or "")
         except Stop as stop:
             return f"{type(stop).__name__}: {stop}"
-        except BaseException as error:
-            import traceback; traceback.print_exc()
-            print("JOB", job["name"], type(error), error, file=sys.stderr)
-            return f"{type(error).__name__}: {error}"
 
     with world.joined("cpu", WAIT):
         for job in jobs:
