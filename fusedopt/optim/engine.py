@@ -102,6 +102,14 @@ class FusedStep(ByTorch):
         self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay, squares)
         self._forget()
         super().__init__(params, *args, **kwargs)
+        for group in self.param_groups:
+            # ZeroRedundancyOptimizer writes its keywords into the groups of which it gives each process a share
+            if misplaced := {"max_norm", "skip_non_finite", "extra_groups"} & group.keys():
+                raise ValueError(
+                    f"a parameter group has {', '.join(sorted(misplaced))}: these are the whole optimizer's, of all "
+                    "parameters in all processes. Under ZeroRedundancyOptimizer: optimizer_class="
+                    f"functools.partial({type(self).__name__}, max_norm=..., extra_groups=[process_group])"
+                )
         self._precision.check_all([p for group in self.param_groups for p in group["params"]])
         if self.defaults.get("differentiable"):
             if self._clip.on:
