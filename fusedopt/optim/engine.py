@@ -156,6 +156,10 @@ class FusedStep(ByTorch):
     def _update(self) -> None:
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         slots = self._gather()
+        for _, param, _ in slots:
+            if parts.is_shared(param) and param in self.state:
+                with self._parts(param):  # placed as the parameter, or an error before anything is sent
+                    pass
         grads = parts.gradients(param for _, param, _ in slots)
         together = self._holders.communicate  # then no process may turn back by what it alone has found
         if together and not self._clip.on and found_inf is not None:
