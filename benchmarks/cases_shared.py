@@ -12,8 +12,8 @@ from torch.optim import AdamW
 from fusedopt import optim as fused
 
 from .cases_optim import LIMIT, by_torch, contender
-from .cases_step import MAX_NORM, clip_and_step, coefficient
 from .cases_step import LIMIT as CLIPPED_LIMIT
+from .cases_step import MAX_NORM, clip_and_step, coefficient
 from .runner import Case, Contender, Target
 
 COUNT, NUMEL = 300, 64  # tensors, and elements of each

@@ -1,8 +1,8 @@
 """Tests that several processes run together: `@pytest.mark.processes(4)`.
 
-A test so marked is called in that many gloo processes at once. They are forked once for all that pytest selected, from a
-process that has imported torch, and go through them in pytest's order; each is told as a test of its own. After a failure,
-a death or a hang they are killed and start anew behind it, a few times; what is left then is "not run".
+A test so marked is called in that many gloo processes at once. They are forked once for all that pytest selected, from
+a process that has imported torch, and go through them in pytest's order; each is told as a test of its own. After a
+failure, a death or a hang they are killed and start anew behind it, a few times; what is left then is "not run".
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Told:
     def __init__(self, world: int, checks: list[Check]) -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.launcher = subprocess.Popen(
             [sys.executable, __file__, str(world)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,

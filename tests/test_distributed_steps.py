@@ -1,4 +1,4 @@
-"""A step of parameters that processes share: what is sent, whose norm it is, and what it refuses, on every rank alike."""
+"""A step of parameters that processes share: what is sent, whose norm it is, what it refuses; on every rank alike."""
 
 import copy
 import gc
@@ -137,7 +137,7 @@ def test_norm_counts_each_element_once(backend, skip):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pipeline_stages_add_theirs(backend):
-    """Ranks 0 and 1 hold one stage, sharded; 2 and 3 another, replicated by hand: plain parameters, one of each pair."""
+    """Ranks 0 and 1 hold one stage, 2 and 3 another: whole in each of the pair, then sharded over it."""
     rank = dist.get_rank()
     pairs = [dist.new_group(ranks) for ranks in ((0, 2), (1, 3))]  # over the stages
     stage, other = rank // 2, rank % 2

@@ -1,4 +1,4 @@
-"""Under DistributedDataParallel, FSDP2, HSDP, FSDP1, ZeRO and tensor parallelism, as one process with the whole batch."""
+"""Under DistributedDataParallel, FSDP2, HSDP, FSDP1, ZeRO, tensor parallelism: as one process with the whole batch."""
 
 import copy
 import functools
@@ -311,7 +311,7 @@ def test_zero(options):
     if options == "ema":
         same([loaded[1].state[p]["ema"] for p in plain.parameters()], averages)
         for one, by in ((model, optimizer), (again, loaded[0])):
-            expected = {p: average for p, average in zip(one.parameters(), averages, strict=True)}
+            expected = dict(zip(one.parameters(), averages, strict=True))
             mine = by.optim.param_groups[0]["params"]
             assert 0 < len(mine) < len(averages)
             same([by.optim.state[p]["ema"] for p in mine], [expected[p] for p in mine])
