@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-SECONDS = 90  # that one check may take on a busy machine before all are killed
+SECONDS = 90  # that one check may take, on a busy machine, before all are killed
 GRACE = 5  # for the others, once one rank has failed: they may wait for it for ever
 RESTARTS = 3
 
@@ -157,9 +158,10 @@ class _Ranks:
         return ("skipped", skipped) if skipped else ("passed", "")
 
     def _stack(self, rank: int) -> str:
-        self.processes[rank].is_alive() and os.kill(self.processes[rank].pid, _STACK_SIGNAL)
-        time.sleep(0.3)
-        return (self.folder / f"stack{rank}").read_text()[-3000:]
+        if self.processes[rank].is_alive():
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)  # answered by faulthandler
+            time.sleep(0.3)
+        return (self.folder / f"stack{rank}").read_text()[:1500]
 
     def kill(self) -> None:
         for process in self.processes:
@@ -199,8 +201,6 @@ def _launch(world: int, checks: list[Check]) -> None:
 
 # --- in each process ---
 
-_STACK_SIGNAL = 10 if sys.platform == "linux" else 30  # SIGUSR1
-
 
 def _forked(rank: int, world: int, checks: list[Check], folder: Path, pipe: Any) -> None:
     import torch
@@ -212,7 +212,7 @@ def _forked(rank: int, world: int, checks: list[Check], folder: Path, pipe: Any)
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: a launcher that is killed takes these along
     os.dup2(2, 1)  # the launcher's output is for what it tells
     stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115
-    faulthandler.register(_STACK_SIGNAL, stack)
+    faulthandler.register(signal.SIGUSR1, stack)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     store = dist.FileStore(str(folder / "store"), world)
     timeout = datetime.timedelta(seconds=SECONDS)
@@ -229,8 +229,8 @@ def _forked(rank: int, world: int, checks: list[Check], folder: Path, pipe: Any)
             outcome, why = "failed", traceback.format_exc()
         pipe.send((index, outcome, why))
         if outcome == "failed":
-            return
-    time.sleep(SECONDS)  # until it is killed: the others may still talk to this one
+            break
+    time.sleep(SECONDS)  # until it is killed: the others may still talk to this one, or wait for it
 
 
 if __name__ == "__main__":
