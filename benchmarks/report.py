@@ -19,6 +19,7 @@ from . import (
     cases_loss_gpu,
     cases_optim,
     cases_optim_gpu,
+    cases_shared,
     cases_step,
     codes,
     host,
@@ -44,7 +45,9 @@ def registry(suite: str, device: str | None = None) -> list[Case]:
         "loss": (cases_loss, cases_loss_dense, cases_loss_gpu),
         "linear_loss": (cases_linear_loss, cases_linear_loss_gpu),
     }.get(suite, ())
-    return [case for source in sources for case in source.cases() if device in (None, case.device)]
+    found = [case for source in sources for case in source.cases()]
+    found += cases_shared.cases(suite) if suite in ("optim", "step") else []
+    return [case for case in found if device in (None, case.device)]
 
 
 def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:

@@ -2,6 +2,7 @@
 
 import os
 
+import processes
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from fusedopt.backends import cpu
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(processes.Plugin())
     if config.getoption("numprocesses", None):
         # A worker and what it starts have one core: no threads but those that a test sets, and those do not spin, which
         # would keep another worker from the core that they wait for. Workers inherit it, before OpenMP has started.
