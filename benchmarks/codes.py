@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optim.precision import SMALL
-from fusedopt.train import cli, data
+from fusedopt.train import checks, cli, data
 from fusedopt.train.distributed import World
 from fusedopt.train.loop import STOCK, Contender
 
@@ -144,7 +144,7 @@ def _corpus() -> data.Corpus:
 def _arguments(seed: int, device: str) -> argparse.Namespace:
     words = [*SETTING, "--stock", "--seed", str(seed), "--device", device, "--overwrite"]  # nothing is written
     args = cli.make_parser().parse_args(words)
-    cli.check(args)
+    checks.check(args)
     return args
 
 
