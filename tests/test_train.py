@@ -152,7 +152,7 @@ def test_loss_goes_down(corpus, tmp_path, model, mode):
 def test_every_optimizer_under_every_schedule(corpus, optimizer, schedule):
     """Fused follows stock step by step, and learns; Lion and LAMB have no stock to follow."""
     momentum = ("--momentum", 0.9) if cli.OPTIMIZERS[optimizer]["momentum"] else ()
-    lr = {"sgd": 0.1, "lion": 3e-3, "rmsprop": 3e-3, "adagrad": 3e-2, "lamb": 0.1}.get(optimizer, 1e-2)
+    lr = {"sgd": 0.1, "lion": 3e-3, "rmsprop": 1e-3, "adagrad": 3e-2, "lamb": 0.1}.get(optimizer, 1e-2)
     args = arguments("--data", corpus, *TINY, *BYTES, "--optimizer", optimizer, "--schedule", schedule, "--lr", lr,
                      "--steps", 40, "--weight-decay", 0.01, *momentum)  # fmt: skip
     text = data.load(args)
