@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "host": "host time of a GPU step, without a GPU",
         "install": "time of `pip install .`",
         "all": "all of these",
+        "modes": "training at every precision: losses, bytes, times; an hour, and goes on where it was stopped",
+        "codes": "training from states in 8-bit codes of several kinds; goes on where it was stopped",
     }
     for name, text in about.items():
         command = commands.add_parser(name, help=text)
@@ -81,7 +83,8 @@ class Run:
         self.measured: dict[str, list[str]] = {}  # suite -> cases
 
     def keep(self, suite: str) -> Callable[[list[dict[str, Any]]], None]:
-        order = [case.name for case in report.registry(suite)]
+        study = report.STUDIES.get(suite)
+        order = study.cases() if study else [case.name for case in report.registry(suite)]
 
         def merge(rows: list[dict[str, Any]]) -> None:
             stamped = [row | self.environment | {"quick": self.args.quick} for row in rows]
@@ -95,6 +98,9 @@ class Run:
         if suite == "loss" and on_cpu and self.args.allocator is None:
             for allocator in cases_loss.ALLOCATORS:
                 self.in_child(allocator)
+            return
+        if suite in report.STUDIES:
+            self.study(suite)
             return
         cases = [case for case in report.registry(suite, self.args.device) if self.args.cases in case.name]
         if self.args.allocator:
@@ -115,6 +121,20 @@ class Run:
             task = progress.add_task(suite, total=len(cases))
             for case in cases:
                 runner.measure(case, self.args.quick, self.keep(suite), _teller(progress, task, case.name))
+                progress.advance(task)
+
+    def study(self, suite: str) -> None:
+        """The cases of a study that were asked for; without --cases, all that no earlier run has kept."""
+        study, args = report.STUDIES[suite], self.args
+        self.measured[suite] = []  # its table is of all rows, kept ones too
+        rows = [] if args.quick or args.cases else store.read(self.out / f"{suite}.jsonl")
+        kept = {row["case"] for row in rows if study.keeps(row)}
+        names = [name for name in study.cases(args.quick) if args.cases in name and name not in kept]
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(suite, total=len(names))
+            for name in names:
+                self.keep(suite)(study.measure(name, args, _teller(progress, task, name)))
                 progress.advance(task)
 
     def distributed(self) -> None:
@@ -168,8 +188,11 @@ class Run:
         console = Console() if sys.stdout.isatty() else Console(width=150)
         wrong = 0
         for suite, names in self.measured.items():
-            rows = [row for row in store.read(self.out / f"{suite}.jsonl") if row["case"] in names]
-            console.print(OWN_REPORTS.get(suite, report).terminal(suite, rows))
+            rows = store.read(self.out / f"{suite}.jsonl")
+            if suite not in report.STUDIES:
+                rows = [row for row in rows if row["case"] in names]
+            told = report.terminal_study if suite in report.STUDIES else OWN_REPORTS.get(suite, report).terminal
+            console.print(told(suite, rows))
             console.print(report.provenance(suite, rows), highlight=False)
             wrong += sum(failed(row) for row in rows)
         plot.draw(self.out)

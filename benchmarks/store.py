@@ -10,6 +10,7 @@ from typing import Any
 from . import ddp_split, project_model
 
 SUITES = ("optim", "step", "loss", "linear_loss", "host", "install", "ddp", "project")
+STUDIES = ("modes", "codes")  # training runs that take many minutes: each only when asked for by name
 UNITS = {
     "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
     "bytes": "that must move, read and write each counted",
@@ -21,7 +22,10 @@ UNITS = {
     "peak_mib, allowed_mib": "the most that was allocated at once, beyond the inputs; and what ours may take",
     "absent": "peers that would have taken part if they had been installed",
     "error, stock_error": "max |result - float64 oracle| / max(|oracle|, median |oracle|), in epsilons of the dtype",
-    "verdict": "ok where error <= error_limit",
+    "verdict": "ok where error <= error_limit; of a training run, where its loss is finite",
+    "val_loss": "nats per token at the end of a run",
+    "exp_avg_error, exp_avg_sq_error": "median |kept - exact| / |exact| of the moments at the last step",
+    "weights_bytes, states_bytes, masters_bytes": "per parameter, of the tensors that last from step to step",
 }
 OWN_UNITS = {"ddp": ddp_split.UNITS, "project": project_model.UNITS}  # suites that measure other things
 

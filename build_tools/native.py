@@ -34,6 +34,7 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 ISA_SOURCES = [
     "csrc/cpu/step.cpp",
+    "csrc/cpu/step_codes.cpp",
     "csrc/cpu/step_precise.cpp",
     "csrc/cpu/cross_entropy.cpp",
     "csrc/cpu/cross_entropy_pixels.cpp",

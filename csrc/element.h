@@ -50,6 +50,10 @@ FUSEDOPT_HD To bit_cast(From from) {
   return to;
 }
 
+// `choose(c, a, b)` for `c ? a : b`: a conditional between values of class type is a branch, which does not vectorise.
+FUSEDOPT_HD float choose(bool c, float a, float b) { return c ? a : b; }
+FUSEDOPT_HD double choose(bool c, double a, double b) { return c ? a : b; }
+
 FUSEDOPT_HD float load(float x) { return x; }
 FUSEDOPT_HD double load(double x) { return x; }
 FUSEDOPT_HD float load(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }

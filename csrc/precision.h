@@ -8,6 +8,13 @@ namespace fusedopt::FUSEDOPT_ISA {
 
 FUSEDOPT_HD uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
 
+FUSEDOPT_HD uint32_t to_bits(float x) { return bit_cast<uint32_t>(x); }
+FUSEDOPT_HD float magnitude(float x) { return bit_cast<float>(magnitude_bits(x)); }
+FUSEDOPT_HD float with_sign(float x, float sign) {
+  return bit_cast<float>(bit_cast<uint32_t>(x) | (bit_cast<uint32_t>(sign) & 0x80000000u));
+}
+FUSEDOPT_HD float larger(float x, float least) { return x > least ? x : least; }
+
 // --- 8-bit codes: a block's largest magnitude is its scale; codes are finer near zero, in closed form ---
 //
 // signed    c in -127..127   value scale * u |u|, u = c / 127
@@ -32,24 +39,27 @@ FUSEDOPT_HD float factor_of(float scale) {
   return (kSigned ? 127.0f * 127 : 255.0f * 255 * 255 * 255) / scale;
 }
 
-template <bool kSigned>
-FUSEDOPT_HD float dequantize(uint8_t code, float scale) {
+// Of a code as a number; F: float, or several of them (cpu/lanes.h).
+template <bool kSigned, class F>
+FUSEDOPT_HD F dequantized(F code, F scale) {
   if constexpr (kSigned) {
-    const float u = float(int8_t(code)) * (1.0f / 127);
-    return scale * (u * (u < 0 ? -u : u));
+    const F u = code * F(1.0f / 127);
+    return scale * (u * magnitude(u));
   } else {
-    const float u = float(code) * (1.0f / 255);
-    const float square = u * u;
+    const F u = code * F(1.0f / 255);
+    const F square = u * u;
     return scale * (square * square);
   }
 }
 
-// To the nearest integer, of 0 <= x < 2^22. A float of 2^23 has no bits below 1, so the addition rounds.
-FUSEDOPT_HD int32_t nearest(float x) { return bit_cast<int32_t>(x + 8388608.0f) - 0x4b000000; }
+template <bool kSigned>
+FUSEDOPT_HD float dequantize(uint8_t code, float scale) {
+  return dequantized<kSigned>(kSigned ? float(int8_t(code)) : float(code), scale);
+}
 
-// A GPU's own square root of one instruction. Else by Newton's iteration for the inverse, of normal numbers and 0:
-// within 5e-6 and 6e-7 of the root, a hundredth and a thousandth of what would change a code, and without the divisions
-// and square roots that an update is already busy with.
+// By Newton's iteration for the inverse, of normal numbers and 0: within 5e-6 and 6e-7 of the root, a hundredth and a
+// thousandth of what would change a code, and without the divisions and square roots that an update is already busy
+// with. A GPU's own square root is one instruction.
 FUSEDOPT_HD float root(float x) {
 #if defined(__CUDA_ARCH__)
   float root;
@@ -76,32 +86,41 @@ FUSEDOPT_HD float fourth_root(float x) {
 #endif
 }
 
-template <bool kSigned>
-FUSEDOPT_HD uint8_t quantize(float x, float factor) {
-  const float part = bit_cast<float>(magnitude_bits(x)) * factor;
+// A float of 2^23 has no bits below 1: adding it rounds what is smaller to the nearest integer, which is then in the
+// lowest bits. Half as much again, and negative integers are there as in two's complement.
+inline constexpr float kInteger = 8388608.0f, kAnyInteger = 12582912.0f;
+
+// Bits of which the lowest 8 are the nearest code.
+template <bool kSigned, class F>
+FUSEDOPT_HD auto quantized(F x, F factor) {
+  const F part = magnitude(x) * factor;
   if constexpr (kSigned) {
-    const int32_t code = nearest(root(part));
-    return uint8_t(x < 0 ? -code : code);
+    return to_bits(with_sign(root(part), x) + F(kAnyInteger));
   } else {
-    const int32_t code = nearest(fourth_root(part));
-    return uint8_t(code == 0 && x > 0 ? 1 : code);
+    const F near = fourth_root(part);
+    return to_bits(choose(x > F(0.0f), larger(near, F(1.0f)), near) + F(kInteger));
   }
 }
 
-// The unsigned code below or above a value, each with the probability that makes the mean the value. A root off by one
-// does no harm, and the largest has the largest code, whatever the bits: its part is within an ulp of 255^4.
-FUSEDOPT_HD uint8_t either(float x, float factor, uint32_t random16) {
-  constexpr float kInteger = 8388608.0f;  // a float of 2^23 has no bits below 1
-  const float part = bit_cast<float>(magnitude_bits(x)) * factor;
-  const float near = (fourth_root(part) + kInteger) - kInteger;
-  const float below = (near * near) * (near * near) > part ? near - 1.0f : near;
-  const float low = below > 254.0f ? 254.0f : below;
-  const float square = low * low;
-  const float width = (2.0f * low + 1.0f) * (2.0f * square + 2.0f * low + 1.0f);  // (low + 1)^4 - low^4
-  const float chance = (float(int32_t(random16)) + 0.5f) * (1.0f / 65536);
-  const float code = chance * width < part - square * square ? low + 1.0f : low;
-  const int32_t whole = bit_cast<int32_t>(code + kInteger) - 0x4b000000;
-  return uint8_t(whole == 0 && x > 0 ? 1 : whole);
+template <bool kSigned>
+FUSEDOPT_HD uint8_t quantize(float x, float factor) {
+  return uint8_t(quantized<kSigned>(x, factor));
+}
+
+// Bits of which the lowest 8 are the unsigned code below or above a value, each with the probability that makes the
+// mean the value. A root that is off does no harm, and the largest has the largest code, whatever the random bits: its
+// part is within an ulp of 255^4. `random16`: an integer.
+template <class F>
+FUSEDOPT_HD auto either(F x, F factor, F random16) {
+  const F part = magnitude(x) * factor;
+  const F near = (fourth_root(part) + F(kInteger)) - F(kInteger);
+  const F below = choose((near * near) * (near * near) > part, near - F(1.0f), near);
+  const F low = choose(below > F(254.0f), F(254.0f), below);
+  const F square = low * low;
+  const F width = (F(2.0f) * low + F(1.0f)) * (F(2.0f) * square + (F(2.0f) * low + F(1.0f)));  // (low + 1)^4 - low^4
+  const F chance = (random16 + F(0.5f)) * F(1.0f / 65536);
+  const F code = choose(chance * width < part - square * square, low + F(1.0f), low);
+  return to_bits(choose(x > F(0.0f), larger(code, F(1.0f)), code) + F(kInteger));
 }
 
 // --- a float32 as a bfloat16 and the 16 bits that it lacks ---

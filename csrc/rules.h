@@ -32,10 +32,6 @@ namespace fusedopt::FUSEDOPT_ISA {
 FUSEDOPT_HD float sqrt_of(float x) { return __builtin_sqrtf(x); }
 FUSEDOPT_HD double sqrt_of(double x) { return __builtin_sqrt(x); }
 
-// `choose(c, a, b)` for `c ? a : b`: a conditional between values of class type is a branch, which does not vectorise.
-FUSEDOPT_HD float choose(bool c, float a, float b) { return c ? a : b; }
-FUSEDOPT_HD double choose(bool c, double a, double b) { return c ? a : b; }
-
 // torch.lerp, exact at both ends: it starts from the nearer one. `side` is a T, not a bool: gcc 12 does not vectorise a
 // select between 16-bit elements by an 8-bit condition.
 template <class T>

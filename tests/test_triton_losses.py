@@ -28,7 +28,7 @@ def on(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(6, 50), (2, 7, 3, 5)])
+@pytest.mark.parametrize("shape", [(6, 50), (2, 7, 3, 2)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values(on, dtype, reduction, shape):
@@ -65,11 +65,12 @@ def test_what_the_mean_divides_by(weighted):
 
 @interpreted
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])
-def test_a_target_out_of_range_is_nan_now_and_an_error_later(on, bad):
-    target = torch.randint(7, (1500,))
-    target[1200] = bad
-    assert cross_entropy(torch.randn(1500, 7), target, backend="triton").isnan()
-    with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds. \(row 1200 of an earlier loss"):
+def test_a_target_out_of_range_is_nan_now_and_an_error_later(on, bad, monkeypatch):
+    monkeypatch.setattr(totals, "THREADS", 2)  # blocks of 8 rows
+    target = torch.randint(7, (15,))
+    target[12] = bad
+    assert cross_entropy(torch.randn(15, 7), target, backend="triton").isnan()
+    with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds. \(row 12 of an earlier loss"):
         cross_entropy(torch.randn(3, 7), torch.tensor([0, 1, 2]), backend="triton")
     assert bad_target.report().tolist() == [0, 0, 0]
     assert cross_entropy(torch.randn(3, 7), torch.tensor([0, 1, 2]), backend="triton").isfinite()

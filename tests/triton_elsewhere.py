@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fusedopt.backends.triton import options
+from fusedopt.backends.triton import norms, options, table
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -103,3 +103,12 @@ class Code(NamedTuple):
         if TARGETS[target].backend == "cuda":
             return min(65536 // (allocated * threads), 2048 // threads)
         return min(512 // allocated, 8) * 4 * 64 // threads  # registers of one lane; waves of 64 on each of 4 SIMDs
+
+
+def check_norms(target: str, dtype: torch.dtype, states: int, folder: Path, wide: int | None = None) -> None:
+    """Nothing spilled, and registers for the programs. `wide`: arrays read 16 bytes at a time; unless told, all."""
+    (measure,), (adapt,) = compiled(norms.norms, target), compiled(norms.adapt, target)
+    assert Code.of(adapt, folder).local == 0
+    code = Code.of(measure, folder)
+    assert code.local == 0 and code.loads >= (2 + states if wide is None else wide), code
+    assert code.resident(target, table.THREADS) >= table.PRECISE[dtype.itemsize].programs[states], code

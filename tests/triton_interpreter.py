@@ -19,9 +19,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, which the first test starts")
 
 
-def run_anew(file):
+def run_anew(file, which="not thorough"):
     """Run a file's tests in the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout=600", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, "--timeout=600", "-p", "no:cacheprovider", file]
     root = Path(__file__).parent.parent
     run = subprocess.run(command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
@@ -58,17 +58,20 @@ def _patch_tensor_for_numpy(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-_call = interpreter.InterpretedFunction.__call__
+_patch_language = interpreter._patch_lang
+_patched = set()
 
 
-def _call_own(self, *args, **kwargs):
-    # It looks through the whole language again at every call of a function: 60 % of the time.
-    own = self.fn.__module__.startswith("fusedopt")
-    return self.rewrite()(*args, **kwargs) if own else _call(self, *args, **kwargs)
+def _patch_once(fn):
+    # It looks through the whole language again at every launch and call: half of the time. Here all is interpreted.
+    if fn.__module__ not in _patched:
+        _patch_language(fn)
+        _patched.add(fn.__module__)
+    return interpreter._LangPatchScope()  # which restores nothing
 
 
 if INTERPRETED:
     interpreter.InterpreterBuilder.cast_impl = _exact_cast
     interpreter.InterpreterBuilder.create_splat = _splat
     interpreter._patch_lang_tensor = _patch_tensor_for_numpy
-    interpreter.InterpretedFunction.__call__ = _call_own
+    interpreter._patch_lang = _patch_once

@@ -1,141 +1,9 @@
-// Steps at a precision of the user's choice: states in other types than the parameter, codes, masters, stochastic
-// rounding, averages. A block of elements at a time, as floats in the first-level cache, so that no combination of
-// types needs a loop of its own; what is float in memory is worked on where it lies.
-#include "../float_with.h"
-#include "../precision.h"
-#include "random.h"
-#include "update.h"
+// Steps at a precision of the user's choice, but for states in codes (step_codes.cpp): states in other types than the
+// parameter, masters, stochastic rounding, averages; and the norms ahead of such steps.
+#include "blocks.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
 namespace {
-
-constexpr int kBlock = int(kCodeBlock);
-
-// The arithmetic of updates from codes: a division and a square root take as long as all else, and the states are good
-// to a hundredth. Roots are within 1e-5, by multiplications; the divider does the quotients meanwhile.
-struct NewtonOps {
-  static FUSEDOPT_HD float divide(float a, float b) { return a / b; }
-  static FUSEDOPT_HD float root(float a) { return FUSEDOPT_ISA::root(a); }
-};
-using newton_float = float_with<NewtonOps>;
-
-// 16 random bits for each of a block's elements.
-struct Noise {
-  uint16_t bits[kBlock];
-
-  Noise(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin) {
-    random_block({precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index)}, tensor, begin, bits);
-  }
-};
-
-template <class E>
-void widen(const E* from, int n, float* to) {
-  FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) to[i] = load(from[i]);
-}
-
-template <class E>
-void narrow(const float* from, int n, E* to) {
-  FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) store(to[i], from[i]);
-}
-
-void narrow(const float* from, int n, const Noise& noise, bf16* to) {
-  FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) to[i] = stochastic(from[i], noise.bits[i]);
-}
-
-// Elements from `begin` as floats: in place, or in `room`.
-float* floats(void* data, Dtype dtype, int64_t begin, int n, float* room) {
-  if (dtype == Dtype::kF32) return static_cast<float*>(data) + begin;
-  if (dtype == Dtype::kBF16)
-    widen(static_cast<const bf16*>(data) + begin, n, room);
-  else
-    widen(static_cast<const f16*>(data) + begin, n, room);
-  return room;
-}
-
-template <bool kSigned>
-void decode(const uint8_t* codes, float scale, int n, float* to) {
-  FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) to[i] = dequantize<kSigned>(codes[i], scale);
-}
-
-float scale_of_block(const float* from, int n) {
-  uint32_t largest = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t magnitude = magnitude_bits(from[i]);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return scale_of(largest);
-}
-
-template <bool kSigned>
-void encode(const float* from, int n, uint8_t* codes, float* scale) {
-  *scale = scale_of_block(from, n);
-  const float factor = factor_of<kSigned>(*scale);
-  FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) codes[i] = quantize<kSigned>(from[i], factor);
-}
-
-void encode(const float* from, int n, const Noise& noise, uint8_t* codes, float* scale) {
-  *scale = scale_of_block(from, n);
-  const float factor = factor_of<false>(*scale);
-  FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) codes[i] = either(from[i], factor, noise.bits[i]);
-}
-
-// The weights of a block: joined with their master, where they have one.
-float* weights(const Row& row, Dtype dtype, int64_t begin, int n, float* room) {
-  const void* const master = row.extras.master;
-  if (!master) return floats(row.param, dtype, begin, n, room);
-  if (dtype == Dtype::kBF16) {
-    const bf16* high = static_cast<const bf16*>(row.param) + begin;
-    const int16_t* low = static_cast<const int16_t*>(master) + begin;
-    FUSEDOPT_IVDEP
-    for (int i = 0; i < n; ++i) room[i] = join(high[i], low[i]);
-  } else {
-    const f16* weight = static_cast<const f16*>(row.param) + begin;
-    const float* whole = static_cast<const float*>(master) + begin;
-    FUSEDOPT_IVDEP
-    for (int i = 0; i < n; ++i) room[i] = master_of(weight[i], whole[i]);
-  }
-  return room;
-}
-
-// `w`, and what it becomes where the parameter is rounded.
-void store_weights(const Precision& precision, const Row& row, Dtype dtype, int64_t begin, int n, float* w) {
-  void* const master = row.extras.master;
-  if (dtype == Dtype::kBF16) {
-    bf16* const to = static_cast<bf16*>(row.param) + begin;
-    if (master) {
-      int16_t* const low = static_cast<int16_t*>(master) + begin;
-      FUSEDOPT_IVDEP
-      for (int i = 0; i < n; ++i) split(w[i], to[i], low[i]);
-      return;
-    }
-    if (precision.stochastic) {
-      narrow(w, n, Noise(precision, row, 0, begin), to);
-    } else {
-      narrow(w, n, to);
-    }
-    if (row.extras.ema) widen(to, n, w);
-  } else if (dtype == Dtype::kF16) {
-    f16* const to = static_cast<f16*>(row.param) + begin;
-    narrow(w, n, to);
-    if (master)
-      std::memcpy(static_cast<float*>(master) + begin, w, size_t(n) * sizeof(float));
-    else if (row.extras.ema)
-      widen(to, n, w);
-  }
-}
-
-template <class T>
-void average(const Precision& precision, T* ema, const T* weights, int n) {
-  const Lerp<T> lerp(precision.ema_weight);
-  FUSEDOPT_IVDEP
-  for (int i = 0; i < n; ++i) ema[i] = lerp(ema[i], weights[i]);
-}
 
 template <class Rule>
 struct States {
@@ -160,19 +28,10 @@ struct States {
 
   template <int k>
   void store_one() const {
-    constexpr bool is_signed = Rule::kSigned >> k & 1;
-    if (dtype == Dtype::kCode) {
-      uint8_t* const to = static_cast<uint8_t*>(row.state[k]) + begin;
-      float* const scale = row.extras.scale[k] + begin / kBlock;
-      if (precision.stochastic && !is_signed) {
-        encode(values[k], n, Noise(precision, row, 1 + k, begin), to, scale);
-      } else {
-        encode<is_signed>(values[k], n, to, scale);
-      }
-    } else if (dtype == Dtype::kBF16) {
+    if (dtype == Dtype::kBF16) {
       bf16* const to = static_cast<bf16*>(row.state[k]) + begin;
       if (precision.stochastic) {
-        narrow(values[k], n, Noise(precision, row, 1 + k, begin), to);
+        narrow(values[k], n, Noise(precision, row, 1 + k, begin, n), to);
       } else {
         narrow(values[k], n, to);
       }
@@ -193,39 +52,23 @@ struct States {
   }
 };
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kCode ? 1 : 2; }
-
-// What the block after next will read: work on a block's floats hides the loads of the next from the processor.
-void prefetch_block(const Launch& launch, const Row& row, int64_t begin) {
-  const auto ask = [&](const void* data, int64_t bytes) {
-    if (!data) return;
-    const char* const first = static_cast<const char*>(data) + begin * bytes;
-    for (int64_t line = 0; line < kBlock * bytes; line += 64) __builtin_prefetch(first + line, 1);
-  };
-  ask(row.param, bytes_of(launch.param));
-  ask(row.grad, bytes_of(launch.grad));
-  for (const void* state : row.state) ask(state, bytes_of(launch.state));
-  ask(row.extras.master, launch.param == Dtype::kBF16 ? 2 : 4);
-  ask(row.extras.ema, 4);
-}
-
-// T: how a rule computes.
-template <template <class> class RuleOf, class T>
+template <template <class> class RuleOf>
 void step_floats(const Launch& launch, const Span& span) {
-  using Rule = RuleOf<T>;
+  using Rule = RuleOf<float>;
   const Precision precision = launch.precision ? *launch.precision : Precision{};
   for_rows<Rule>(launch, span, [&](const Rule& rule, const Row& row, int64_t first, int64_t last) {
     alignas(64) float room[2 + kMaxStates][kBlock];
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int n = int(last - begin < kBlock ? last - begin : kBlock);
-      if (begin + 3 * kBlock <= last) prefetch_block(launch, row, begin + 2 * kBlock);
+      for (int part = 0; part < kParts && begin + 3 * kBlock <= last; ++part)
+        prefetch_part(launch, row, begin + 2 * kBlock, part);
       float* const w = weights(row, launch.param, begin, n, room[0]);
       if (row.grad) {
         const float* const g = floats(const_cast<void*>(row.grad), launch.grad, begin, n, room[1]);
         States<Rule> states{precision, row, launch.state, begin, n, {}};
         states.load_all(room + 2);
         update<Rule>(rule, w, g, states.values[0], states.values[1], states.values[2], n,
-                     T(launch.groups[row.group].grad_factor));
+                     float(launch.groups[row.group].grad_factor));
         states.store_all();
         store_weights(precision, row, launch.param, begin, n, w);
       }
@@ -304,15 +147,11 @@ void norms_of_doubles(const Launch& launch, const Span& span, double* sums) {
   });
 }
 
-bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kBF16 || dtype == Dtype::kF16; }
-
 template <template <class> class RuleOf>
 CpuEngine::StepKernel for_dtypes(const Launch& l) {
   if (l.param == Dtype::kF64 && l.grad == Dtype::kF64 && l.state == Dtype::kF64) return step_doubles<RuleOf>;
   if (!is_float(l.param) || !is_float(l.grad)) return nullptr;
-  if (is_float(l.state)) return step_floats<RuleOf, float>;
-  if (l.state == Dtype::kCode) return step_floats<RuleOf, newton_float>;
-  return nullptr;
+  return is_float(l.state) ? step_floats<RuleOf> : nullptr;
 }
 
 template <template <class> class RuleOf>
@@ -334,6 +173,7 @@ CpuEngine::NormsKernel norms_kernel(const Launch& launch) {
 }
 
 CpuEngine::StepKernel precise_step_kernel(const Launch& launch) {
+  if (launch.state == Dtype::kCode) return codes_step_kernel(launch);
   int rule = 0;
 #define FUSEDOPT_TRY(R) \
   if (launch.rule == rule++) return for_dtypes<R>(launch);

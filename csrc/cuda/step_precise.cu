@@ -139,7 +139,7 @@ struct Tensor {
     if (args.precision.stochastic && !is_signed) {
       const Random4 random = noise(1 + k, place);
 #pragma unroll
-      for (int i = 0; i < kLane; ++i) raw.set<uint8_t>(i, either(from[i], factor, random16(random, i)));
+      for (int i = 0; i < kLane; ++i) raw.set<uint8_t>(i, uint8_t(either(from[i], factor, float(random16(random, i)))));
     } else {
 #pragma unroll
       for (int i = 0; i < kLane; ++i)

@@ -255,6 +255,10 @@ class FusedStep(ByTorch):
             raise Unfusable("differentiable=True")
         if self.norms and self._holders.number(param):
             raise Unfusable("its norms are sums over processes")
+        if self._precision.stochastic_rounding and parts.is_shared(param):
+            place = parts.place(param)
+            if place is None or (backend is not cpu and place != (0, 1, 1)):
+                raise Unfusable("random bits of a part")
         param = parts.part(param)
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
             raise Unfusable("sparse")
@@ -297,6 +301,8 @@ class FusedStep(ByTorch):
                 slot,
                 state_dict=self.state[param] if has_state else None,
                 holders=self._holders.number(param),
+                index=self._first_index + slot,
+                place=parts.place(param) or (0, 1, 1),
                 fresh=bool(made),
                 on_device=backend is not cpu,
                 **told,

@@ -12,18 +12,34 @@ import torch
 
 from .checkpoint import CHECKPOINT
 
-# lr: the default, tried on the default model and data. momentum: whether the optimizer has it
+# lr: the default, tried on the default model and data. momentum: whether the optimizer has it. squares: whether a state
+# is one. weight_decay: the default, where it is not the optimizer's own
 OPTIMIZERS: dict[str, dict] = {
-    "adam": {"name": "Adam", "lr": 1e-3, "momentum": False},
-    "adamw": {"name": "AdamW", "lr": 1e-3, "momentum": False},
-    "rmsprop": {"name": "RMSprop", "lr": 1e-3, "momentum": True},
-    "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False},
-    "sgd": {"name": "SGD", "lr": 0.3, "momentum": True},
-    "lion": {"name": "Lion", "lr": 2e-4, "momentum": False},
+    "adam": {"name": "Adam", "lr": 1e-3, "momentum": False, "squares": True},
+    "adamw": {"name": "AdamW", "lr": 1e-3, "momentum": False, "squares": True},
+    "rmsprop": {"name": "RMSprop", "lr": 1e-3, "momentum": True, "squares": True},
+    "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False, "squares": True},
+    "sgd": {"name": "SGD", "lr": 0.3, "momentum": True, "squares": False},
+    "lion": {"name": "Lion", "lr": 2e-4, "momentum": False, "squares": False},
+    # without a decay, LAMB's trust ratio is 1 and it is Adam
+    "lamb": {"name": "LAMB", "lr": 2e-2, "momentum": False, "squares": True, "weight_decay": 0.01},
 }
 FINE_TUNE_LR = 0.1  # --init-from: the default rate is this share of the one above
 SCHEDULES = ("constant", "exponential", "step", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
+# --state and --weights as fusedopt's options; all weights but the first are bfloat16 parameters
+STATES: dict[str, dict] = {
+    "f32": {"state_dtype": torch.float32},
+    "bf16": {"state_dtype": torch.bfloat16},
+    "8bit": {"state_dtype": "8bit"},
+    "8bit-stochastic": {"state_dtype": "8bit", "stochastic_rounding": True},
+}
+WEIGHTS: dict[str, dict] = {
+    "f32": {},
+    "bf16": {},
+    "bf16-master": {"master_weights": True},
+    "bf16-stochastic": {"stochastic_rounding": True},
+}
 BYTES_VOCAB = 256
 SMALLEST_BPE = BYTES_VOCAB + 1  # all bytes and the end of a text
 # the vocabulary is 64 times the width: GPT-2 small has 65, Llama 3.2 1B 63, Qwen2.5 0.5B 170
@@ -72,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         + ", ".join(f"{name} {row['lr']:g}" for name, row in OPTIMIZERS.items())
         + "; a tenth with --init-from",
     )
-    add("--weight-decay", type=float, help="of the matrices; vectors have none (default: the optimizer's)")
+    add("--weight-decay", type=float, help="of the matrices; vectors have none (default: the optimizer's; lamb 0.01)")
     add("--momentum", type=float, help="of sgd and rmsprop (default: 0)")
     add(
         "--schedule",
@@ -91,6 +107,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
     add("--max-norm", type=float, default=1.0, help="clip the gradient's total norm; 0 does not (default: %(default)s)")
+    add("--ema", type=float, metavar="DECAY", help="keep an average of the weights, and validate it too; 0.999, say")
+    add(
+        "--state",
+        choices=STATES,
+        help="of the optimizer: how it is kept; 8bit-stochastic rounds the codes of squares at random (default: f32; "
+        "--stock: as the weights are)",
+    )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        default="f32",
+        help="bf16: parameters and computation; -master keeps what bfloat16 lacks of a float32, -stochastic rounds at "
+        "random (default: %(default)s)",
+    )
 
     add = parser.add_argument_group("what runs").add_argument
     which = parser.add_mutually_exclusive_group()
@@ -128,8 +158,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=DTYPES,
-        default="float32",
-        help="of the computation: autocast, and a gradient scaler for float16; weights stay float32",
+        help="of the computation: autocast, and a gradient scaler for float16; weights stay float32 "
+        "(default: float32, or bfloat16 where --weights are)",
     )
     add("--compile", action="store_true", help="torch.compile the model")
 
@@ -175,6 +205,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup {args.warmup}: expected fewer than --steps {args.steps}")
 
     _check_optimizer(args)
+    _check_precision(args)
     _check_teacher(args)
     if args.init_from is None:
         _check_model(args)
@@ -197,9 +228,9 @@ def flag(name: str) -> str:
 
 def _check_optimizer(args: argparse.Namespace) -> None:
     row = OPTIMIZERS[args.optimizer]
-    if args.optimizer == "lion" and (args.stock or args.compare):
+    if not hasattr(torch.optim, row["name"]) and (args.stock or args.compare):
         raise UsageError(
-            f"--optimizer lion: torch.optim has no Lion, so there is nothing stock to run; "
+            f"--optimizer {args.optimizer}: torch.optim has no {row['name']}, so there is nothing stock to run; "
             f"leave out --{'stock' if args.stock else 'compare'} or choose another optimizer"
         )
     if args.momentum is not None and not row["momentum"]:
@@ -220,8 +251,41 @@ def _check_optimizer(args: argparse.Namespace) -> None:
         raise UsageError("--loss logits: a teacher's loss takes the head in; leave it out, or --distill")
     if args.loss is None:
         args.loss = "logits" if args.inplace_loss or args.stock else "linear"
+    if args.weight_decay is None:
+        args.weight_decay = row.get("weight_decay")
     if args.lr is None:
         args.lr = row["lr"] * (FINE_TUNE_LR if args.init_from else 1)
+
+
+def _check_precision(args: argparse.Namespace) -> None:
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise UsageError(f"--ema {args.ema}: expected a decay from 0 to less than 1, such as 0.999")
+    as_weights = "f32" if args.weights == "f32" else "bf16"
+    if args.stock and args.weights not in ("f32", "bf16"):
+        raise UsageError(
+            f"--weights {args.weights}: torch's optimizers keep no master and round to nearest; leave out --stock, or "
+            "use --weights f32 or bf16"
+        )
+    if args.stock and args.state not in (None, as_weights):
+        raise UsageError(
+            f"--state {args.state}: torch's optimizers keep states as the weights are, here {as_weights}; leave out "
+            "--stock or --state"
+        )
+    if args.state == "8bit-stochastic" and not OPTIMIZERS[args.optimizer]["squares"]:
+        raise UsageError(
+            f"--state {args.state}: {args.optimizer} keeps no squares to round at random; use --state 8bit"
+        )
+    if args.state in ("bf16", "8bit") and args.optimizer == "sgd" and not args.momentum:
+        raise UsageError(f"--state {args.state}: sgd without momentum keeps no state; give --momentum, or leave it out")
+    if args.state is None:
+        args.state = as_weights if args.stock else "f32"
+    if args.dtype is None:
+        args.dtype = "float32" if args.weights == "f32" else "bfloat16"
+    elif args.weights != "f32" and args.dtype != "bfloat16":
+        raise UsageError(
+            f"--dtype {args.dtype}: with --weights {args.weights} the model computes in bfloat16; leave out --dtype, "
+            "or use --weights f32"
+        )
 
 
 def _check_teacher(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fusedopt import optim as fused_optim
 
@@ -24,6 +25,7 @@ from .data import Batch
 from .distributed import World
 from .losses import Trunk, fused_loss, load_teacher, stock_loss
 from .models import build
+from .precision import fused_options, weight_dtype
 
 STOCK, FUSED = "stock", "fused"
 PHASES = ("model", "loss", "optimizer")  # together they are the whole step
@@ -74,8 +76,8 @@ class Contender:
     def __init__(self, name: str, args: argparse.Namespace, world: World, vocabulary: str = ""):
         self.name, self.args, self.world = name, args, world
         self.device = world.device(args.device)
-        self.model = build(args).to(self.device)
-        self.teacher = load_teacher(args, vocabulary).to(self.device) if args.distill else None
+        self.model = build(args).to(self.device, weight_dtype(args))
+        self.teacher = load_teacher(args, vocabulary).to(self.device, weight_dtype(args)) if args.distill else None
         self.parallel = Trunk(self.model)
         if args.compile:
             self.parallel.compile()
@@ -85,14 +87,19 @@ class Contender:
             )
         optimizer_class, loss = ends(name, args)
         self.loss = loss(self.model, self.teacher, args)
-        # fusedopt clips within the step, stock before it
-        self.clips = {"max_norm": args.max_norm} if name == FUSED and args.max_norm else {}
-        self.optimizer = make_optimizer(optimizer_class, self.model, args, **self.clips)
+        # fusedopt clips and averages within the step, stock before and after it
+        options = fused_options(args) if name == FUSED else {}
+        self.optimizer = make_optimizer(optimizer_class, self.model, args, **options)
+        self.average = None
+        if name == STOCK and args.ema is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        self.parts = ("model", "optimizer", "scheduler", "scaler") + ("average",) * (self.average is not None)
         self.scheduler = make_scheduler(self.optimizer, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "float16")
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, getattr(torch, self.args.dtype), enabled=self.args.dtype != "float32")
+        mixed = self.args.dtype != "float32" and self.args.weights == "f32"
+        return torch.autocast(self.device.type, getattr(torch, self.args.dtype), enabled=mixed)
 
     def step(self, batches: list[Batch], number: int) -> StepResult:
         """One optimizer step over the micro-batches.
@@ -100,7 +107,7 @@ class Contender:
         The phases partition the step. The loss is that of head and loss, forward, and backward up to the moment
         when the gradient of the hidden states is ready, which a hook on them tells: the graph is the one that a
         user's loop builds, with no detached leaf and no copy. A teacher belongs to the model, its head to the loss.
-        The optimizer is unscaling, clipping, the update, the schedule, and clearing the gradients.
+        The optimizer is unscaling, clipping, the update, the average, the schedule, and clearing the gradients.
         """
         # dropout is the same for both contenders, and after a resume
         entropy = np.random.SeedSequence((self.args.seed, number, self.world.rank))
@@ -123,11 +130,13 @@ class Contender:
                 clock.mark("model")
 
         lr = self.optimizer.param_groups[0]["lr"]
-        if self.args.max_norm and not self.clips:
+        if self.args.max_norm and self.name == STOCK:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.optimizer.zero_grad()
         with warnings.catch_warnings():  # a step that the scaler skips is no mistake in the order of calls
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)`")
@@ -140,22 +149,32 @@ class Contender:
     def taught(self, tokens: Tensor) -> Tensor | None:  # (B * T, Ht)
         return None if self.teacher is None else self.teacher.hidden(tokens).flatten(0, 1)
 
+    def validate(self, batches: list[Batch]) -> dict[str, float]:
+        """``val_loss``, and with ``--ema`` ``val_loss_ema``: that of the averaged weights."""
+        losses = {"val_loss": self.evaluate(self.model, batches)}
+        if self.average is not None:
+            losses["val_loss_ema"] = self.evaluate(self.average.module, batches)
+        elif self.args.ema is not None:
+            with self.optimizer.ema_weights():
+                losses["val_loss_ema"] = self.evaluate(self.model, batches)
+        return losses
+
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> float:
+    def evaluate(self, model: nn.Module, batches: list[Batch]) -> float:
         """Mean validation loss, by torch's cross entropy in float32 whatever the contender."""
-        self.model.eval()
+        model.eval()
         total = 0.0
         for tokens, targets in batches[self.world.rank :: self.world.size]:
             with self.autocast():
-                logits = self.model(tokens.to(self.device))
+                logits = model(tokens.to(self.device))
             total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(self.device)).item()
         return self.world.mean([total * self.world.size / len(batches)], self.device)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        return {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scheduler", "scaler")}
+        return {part: getattr(self, part).state_dict() for part in self.parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part in ("model", "optimizer", "scheduler", "scaler"):
+        for part in self.parts:
             getattr(self, part).load_state_dict(state[part])
 
 

@@ -22,12 +22,13 @@ from .display import Display
 from .distributed import World
 from .loop import FUSED, STOCK, Contender
 from .memory import peak_memory
+from .precision import bytes_per_parameter, stock_falls_short
 
 # The checkpoint of a run with another value of one of these is not a checkpoint of this run.
 # fmt: off
 ESSENTIAL = ("model", "layers", "dim", "heads", "vocab_size", "seq_len", "optimizer", "lr", "weight_decay",
              "momentum", "schedule", "warmup", "steps", "batch_size", "accumulate", "max_norm", "seed",
-             "dtype", "distill", "distill_divergence", "distill_temperature", "distill_hard")
+             "dtype", "ema", "state", "weights", "distill", "distill_divergence", "distill_temperature", "distill_hard")
 # fmt: on
 
 
@@ -47,11 +48,12 @@ def run(args: argparse.Namespace, world: World, command: list[str]) -> int:
     if world.is_main:
         if args.model == "pretrained" and not args.compare:
             training.contenders[0].model.causal_lm.save_pretrained(training.out / "model")
+        held = {c.name: bytes_per_parameter(c.model, c.optimizer, c.average) for c in training.contenders}
         training.contenders.clear()
         torch.cuda.empty_cache()  # room for the processes that measure
         memory = {name: peak_memory(name, args) for name in training.names} if args.compare else {}
         seconds = time.perf_counter() - started
-        report.write(training.out, args, world, memory, training.parameters, command, seconds)
+        report.write(training.out, args, world, memory, held, training.parameters, command, seconds)
     world.barrier()
     return 0
 
@@ -71,6 +73,8 @@ class Run:
         if FUSED in self.names and args.loss == "linear" and self.contenders[-1].model.head is None:
             args.loss = "logits"
             self.display.line("the model's head is more than a linear layer, a scale and a cap: using --loss logits")
+        if args.compare and (short := stock_falls_short(args)):
+            self.display.line(short)
         self.parameters = sum(parameter.numel() for parameter in self.contenders[0].model.parameters())
         self.essential = {flag(name): getattr(args, name) for name in ESSENTIAL}
         self.essential["the digest of the --data"] = self.corpus.digest
@@ -116,7 +120,7 @@ class Run:
         path = self.out / checkpoint.LOG if world.is_main else os.devnull
         with caught_signals() as caught, self.display, open(path, "a", encoding="utf-8") as log:
             if self.done == 0:
-                write(log, [{"step": 0, "contender": c.name, "val_loss": c.evaluate(self.validation)}
+                write(log, [{"step": 0, "contender": c.name, **c.validate(self.validation)}
                             for c in self.contenders])  # fmt: skip
             for step in range(self.done + 1, args.steps + 1):
                 rows, signalled = self.step(step, caught)
@@ -157,7 +161,7 @@ class Run:
                 "ms": {phase: round(ms, 4) for phase, ms in result.ms.items()},
             }
             if step % args.eval_every == 0 or step == args.steps:
-                row["val_loss"] = contender.evaluate(self.validation)
+                row |= contender.validate(self.validation)
             rows.append(row)
         return rows, signalled > 0
 
@@ -180,7 +184,8 @@ def remedies(args: argparse.Namespace) -> str:
     """What to change after a non-finite loss, and only what is not yet so."""
     tips = ["a lower --lr", "a longer --warmup"]
     tips += [] if args.max_norm else ["--max-norm 1"]
-    tips += ["--dtype float32"] if args.dtype != "float32" else []
+    if args.dtype != "float32":
+        tips.append("--dtype float32" if args.weights == "f32" else "--weights f32")
     return f"try {', '.join(tips[:-1])} or {tips[-1]}"
 
 

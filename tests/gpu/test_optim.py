@@ -110,8 +110,8 @@ def test_two_launches_a_step_whatever_the_number_of_tensors(case, backend):
     assert len(kernels) == 4 and not copies, (kernels, copies)
 
 
-def test_lamb_takes_two_more_for_norms():
-    optimizer = LAMB.fused(random_params([(1000,)] * 1500 + [(3, 7), (), (70001,)]), backend="cuda")
+def test_lamb_takes_two_more_for_norms(backend):
+    optimizer = LAMB.fused(random_params([(1000,)] * 1500 + [(3, 7), (), (70001,)]), backend=backend)
     for _ in range(3):
         optimizer.step()
     kernels, copies = kernels_of(optimizer.step)
@@ -130,7 +130,7 @@ def test_new_gradients_are_told_in_few_launches(backend):
 
 
 def test_a_step_never_waits(backend):
-    for case in WITH_LION:
+    for case in [*WITH_LION, LAMB]:
         params = random_params([(100,), (33, 5)])
         optimizer = case.fused(params, backend=backend)
         optimizer.step()  # compiles, for Triton
@@ -169,7 +169,7 @@ def test_the_device_is_not_asked_for_the_learning_rate(backend):
 # --- graphs ---
 
 
-@pytest.mark.parametrize("case", WITH_LION, ids=str)
+@pytest.mark.parametrize("case", [*WITH_LION, LAMB], ids=str)
 def test_replays_go_on_counting_whatever_eager_steps_do(case, backend):
     """Capture, then an eager step with other gradients, then replays: each as stock on the same gradients."""
     shapes = [(1000,), (5, 7), (), (70001,)]
@@ -311,7 +311,7 @@ def test_many_tensors_of_every_alignment(backend):
 # --- what surrounds a step ---
 
 
-@pytest.mark.parametrize("case", WITH_LION, ids=str)
+@pytest.mark.parametrize("case", [*WITH_LION, LAMB], ids=str)
 def test_grad_scaler(case, backend):
     """A real GradScaler, with an overflow in the middle, against the same gradients unscaled by hand."""
     ours = case.fused(random_params([(100,), (3, 5)]), backend=backend)

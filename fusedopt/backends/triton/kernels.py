@@ -1,4 +1,5 @@
-"""The two kernels of a plain step, for every rule, dtype and number of tensors; precise.py has the other update.
+"""The two kernels of a plain step, for every rule, dtype and number of tensors; precise.py has the other update,
+norms.py what some rules need before it.
 
 What they read, in 64-bit words (csrc/step.h):
 
@@ -66,6 +67,16 @@ def prepare(
     for k in tl.static_range(SCALARS):
         tl.store(scratch + k, scalars[k], active)
     tl.store(scratch + SCALARS, factor, active)
+
+
+@triton.jit
+def derived(scratch, row, SCALARS: tl.constexpr):
+    """(the rule's scalars, the gradient's factor) of a row, as `prepare` left them."""
+    scratch += row * (SCALARS + 1)
+    scalars = ()
+    for k in tl.static_range(SCALARS):
+        scalars += (tl.load(scratch + k),)
+    return scalars, tl.load(scratch + SCALARS)
 
 
 @triton.jit
@@ -145,11 +156,7 @@ def update(
         start = (chunk - tl.load(entry + 6)) * CHUNK
         count = tl.minimum(tl.load(entry + 5) - start, CHUNK).to(tl.int32)
 
-        scratch_row = scratch + row * (SCALARS + 1)
-        scalars = ()
-        for k in tl.static_range(SCALARS):
-            scalars += (tl.load(scratch_row + k),)
-        factor = tl.load(scratch_row + SCALARS)
+        scalars, factor = derived(scratch, row, SCALARS)
 
         param = tl.load(entry) + start * (PARAM.primitive_bitwidth // 8)
         grad = tl.load(grads + row) + start * (GRAD.primitive_bitwidth // 8)

@@ -3,7 +3,7 @@
 A rule is two functions. `derive(hyper, step)` runs once per tensor, in float64: what a tensor's elements need of its
 group's hyperparameters and of its step count, from 1. `update(p, g, states, scalars)` runs once per element, in the
 compute type: parameter, gradient, a tuple of states and the derived scalars; it returns the new parameter and states.
-Both are elementwise, on blocks. Precision, scaling and memory belong to kernels.py.
+Both are elementwise, on blocks. Precision, scaling and memory belong to kernels.py, a whole tensor's norms to norms.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ import triton
 import triton.language as tl
 
 
+class Normed(NamedTuple):
+    """What a rule has besides whose step depends on norms of a whole tensor."""
+
+    adapts: Any  # adapts(scalars): whether this tensor's step does
+    direction: Any  # direction(p, g, states, scalars), once per element, ahead of the update: what it will go along
+    adapt: Any  # adapt(scalars, ratio) -> scalars: the norm of the parameter over its direction's, or 1 if either is 0
+
+
 class Rule(NamedTuple):
     hyper: tuple[str, ...]
     states: tuple[str, ...]
     scalars: int  # how many derive returns
     derive: Any
     update: Any
+    normed: Normed | None = None
 
 
 # --- what the rules share ---
@@ -252,11 +261,60 @@ def lion(p, g, states, scalars):
     return p * decay - lr * sign, (lerp(m, g, average_side, average),)
 
 
+# --- LAMB ---
+
+
+@triton.jit
+def lamb_scalars(hyper, step):
+    lr, beta1, beta2, eps, weight_decay, always_adapt = hyper
+    side, weight = lerp_scalars(1 - beta1)
+    inv_correction1 = 1 / (1 - _power(beta1, step))
+    inv_sqrt_correction2 = 1 / tl.sqrt(1 - _power(beta2, step))
+    adapted = tl.where((weight_decay != 0) | (always_adapt != 0), 1.0, 0.0)
+    return side, weight, lr, beta2, 1 - beta2, inv_correction1, inv_sqrt_correction2, eps, weight_decay, adapted
+
+
+@triton.jit
+def lamb_adapts(scalars):
+    _, _, _, _, _, _, _, _, _, adapted = scalars
+    return adapted != 0
+
+
+@triton.jit
+def lamb_adapt(scalars, ratio):
+    side, weight, lr, beta2, one_minus_beta2, inv_correction1, inv_sqrt_correction2, eps, decay, adapted = scalars
+    lr = lr * ratio.to(lr.dtype)
+    return side, weight, lr, beta2, one_minus_beta2, inv_correction1, inv_sqrt_correction2, eps, decay, adapted
+
+
+@triton.jit
+def _lamb_move(p, g, states, scalars):
+    m, v = states
+    side, weight, _, beta2, one_minus_beta2, inv_correction1, inv_sqrt_correction2, eps, decay, _ = scalars
+    m = lerp(m, g, side, weight)
+    v = v * beta2 + one_minus_beta2 * g * g
+    return divide(m * inv_correction1, _sqrt(v) * inv_sqrt_correction2 + eps) + decay * p, (m, v)
+
+
+@triton.jit
+def lamb_direction(p, g, states, scalars):
+    direction, _ = _lamb_move(p, g, states, scalars)
+    return direction
+
+
+@triton.jit
+def lamb(p, g, states, scalars):
+    _, _, lr, _, _, _, _, _, _, _ = scalars
+    direction, states = _lamb_move(p, g, states, scalars)
+    return p - lr * direction, states
+
+
 # --- every rule, in the order of csrc/rules.h ---
 
 _ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay")
 _RMSPROP = ("lr", "alpha", "eps", "weight_decay", "momentum")
 _SGD = ("lr", "weight_decay", "momentum", "dampening", "nesterov")
+_LAMB = (*_ADAM, "always_adapt")
 
 RULES: dict[str, Rule] = {
     "adam": Rule(_ADAM, ("exp_avg", "exp_avg_sq"), 9, adam_scalars, adam),
@@ -273,4 +331,7 @@ RULES: dict[str, Rule] = {
     "sgd": Rule(_SGD, (), 6, sgd_scalars, sgd),
     "sgd_momentum": Rule(_SGD, ("momentum_buffer",), 6, sgd_scalars, sgd_momentum),
     "lion": Rule(("lr", "beta1", "beta2", "weight_decay"), ("exp_avg",), 6, lion_scalars, lion),
+    "lamb": Rule(
+        _LAMB, ("exp_avg", "exp_avg_sq"), 10, lamb_scalars, lamb, Normed(lamb_adapts, lamb_direction, lamb_adapt)
+    ),
 }

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedopt.backends import cpu, sums
-from fusedopt.backends.triton import PLAIN, Launch, Precision, kernels, precise
+from fusedopt.backends.triton import PLAIN, Launch, Precision, kernels, norms, precise
 from fusedopt.backends.triton.options import options
 from fusedopt.backends.triton.precise import Kind
 from fusedopt.backends.triton.rules import RULES
@@ -44,7 +44,8 @@ TUNING = {
     2: Tuning(8 * THREADS, (10, 7, 5, 4)),
 }
 
-# Of precise.update. Eight elements a thread share a call of Philox, and a warp then has the codes of a scale.
+# Of precise.update and norms.norms. Eight elements a thread share a call of Philox, and a warp then has the codes of a
+# scale.
 PRECISE = {
     8: Tuning(2 * THREADS, (10, 6, 5, 4)),
     4: Tuning(4 * THREADS, (10, 7, 5, 4)),
@@ -52,8 +53,20 @@ PRECISE = {
 }
 STOCHASTIC = 4  # programs: random bits take registers
 
+SUMS = 4 * THREADS  # of chunks, that `adapt` takes at a time
+
 _TOLD = 2  # words: the first two hold "no inf found" and "gradients are not scaled", for steps without GradScaler
 _START = 4
+
+
+class Tables(NamedTuple):
+    """Of one Launch, on the device; to the end of all words, as a kernel asks for no length."""
+
+    rows: Tensor
+    grads: Tensor
+    chunks: Tensor
+    scratch: Tensor  # is written on the device only, as are
+    squares: Tensor  # float64, of rules that are normed
 
 
 class DeviceTable:
@@ -73,7 +86,7 @@ class DeviceTable:
         self._precision: Precision | None = None
         self._told = torch.zeros(2, dtype=torch.int64)  # of it
         self._kinds: list[Any] = []
-        self._tables: list[tuple[Tensor, ...]] = []
+        self._tables: list[Tables] = []
         self._prepares: list[Callable[..., Any]] = []
         self._updates: list[Callable[..., Any]] = []
         self._measures: list[tuple[Callable[..., Any], int]] = []  # and how many chunks
@@ -101,8 +114,8 @@ class DeviceTable:
         grad_scale: Tensor | None = None,  # float32 scalar on the device
         precision: Precision | None = None,
     ) -> int:
-        """Update the tensors; returns the number of kernels launched: at most two per Launch, or three where some of
-        its rows have a master weight and others have none."""
+        """Update the tensors; returns the number of kernels launched: two per Launch, or four where its rule needs
+        norms; one or two more where some of its rows have a master weight and others have none."""
         with torch.accelerator.device_index(self._device.index if self._on_gpu else None):
             self._tell(precision)
             self._send(launches, torch.as_tensor(groups))
@@ -153,29 +166,33 @@ class DeviceTable:
                 place.append(end)
                 end += words
             self._places.append(place)
-        scratch = []  # is written on the device only
+        written = []
         for launch in launches:
-            end += end % 2
-            scratch.append(end)
-            end += len(launch.rows) * (RULES[launch.rule].scalars + 1)
+            rule, place = RULES[launch.rule], []
+            for words in (len(launch.rows) * (rule.scalars + 1), 2 * len(launch.chunk_rows) if rule.normed else 0):
+                end += end % 2
+                place.append(end)
+                end += words
+            written.append(place)
         self._words = torch.empty(end, dtype=torch.int64, device=self._device)
         self._no_inf, self._no_scale = self._words[:1].view(torch.float32)[0], self._words[1:2].view(torch.float32)[0]
 
         self._tables, self._prepares, self._measures = [], [], []
-        for launch, place, scratch_at in zip(launches, self._places, scratch, strict=True):
-            rows, grads, chunks, derived = (self._words[at:] for at in (*place, scratch_at))
-            derived = derived.view(torch.float64 if launch.param == torch.float64 else torch.float32)
-            self._tables.append((rows, grads, chunks.view(torch.int32), derived))
-            self._bind_prepare(launch, *self._tables[-1])
-            self._bind_measure(launch, *self._tables[-1])
+        for launch, *places in zip(launches, self._places, written, strict=True):
+            rows, grads, chunks, scratch, squares = (self._words[at:] for place in places for at in place)
+            scratch = scratch.view(torch.float64 if launch.param == torch.float64 else torch.float32)
+            tables = Tables(rows, grads, chunks.view(torch.int32), scratch, squares.view(torch.float64))
+            self._tables.append(tables)
+            self._bind_prepare(launch, tables)
+            self._bind_measure(launch, tables)
 
-    def _bind_prepare(self, launch: Launch, rows: Tensor, grads: Tensor, _: Tensor, scratch: Tensor) -> None:
+    def _bind_prepare(self, launch: Launch, tables: Tables) -> None:
         if n_rows := len(launch.rows):
             rule = RULES[launch.rule]
             self._prepares.append(
                 functools.partial(
                     kernels.prepare[(-(-n_rows // THREADS),)],
-                    *(rows, grads, self._words[_START:], scratch, n_rows),
+                    *(tables.rows, tables.grads, self._words[_START:], tables.scratch, n_rows),
                     DERIVE=rule.derive,
                     HYPER=len(rule.hyper),
                     SCALARS=rule.scalars,
@@ -184,11 +201,11 @@ class DeviceTable:
                 )
             )
 
-    def _bind_measure(self, launch: Launch, rows: Tensor, grads: Tensor, chunks: Tensor, _: Tensor) -> None:
+    def _bind_measure(self, launch: Launch, tables: Tables) -> None:
         if n_chunks := len(launch.chunk_rows):
             measure = functools.partial(
                 kernels.sum_squares[(min(n_chunks, 8 * _multiprocessors(self._device)),)],
-                *(rows, grads, chunks, n_chunks),
+                *(*tables[:3], n_chunks),
                 GRAD=_DTYPE[launch.grad],
                 BLOCK=16 // launch.grad.itemsize * THREADS,
                 **options(self._device, THREADS),
@@ -202,16 +219,36 @@ class DeviceTable:
         kinds = [_kinds(launch, self._precision) for launch in launches]
         if kinds == self._kinds:
             return
-        self._updates = [
-            self._bind_update(launch, kind, *tables)
-            for launch, its_kinds, tables in zip(launches, kinds, self._tables, strict=True)
-            for kind in its_kinds
-        ]
+        self._updates = []
+        for launch, its_kinds, tables in zip(launches, kinds, self._tables, strict=True):
+            if RULES[launch.rule].normed and its_kinds:
+                self._updates += [self._bind_norms(launch, kind, tables) for kind in its_kinds]
+                self._updates.append(self._bind_adapt(launch, tables))
+            self._updates += [self._bind_update(launch, kind, tables) for kind in its_kinds]
         self._kinds = kinds
 
-    def _bind_update(
-        self, launch: Launch, kind: Kind | None, rows: Tensor, grads: Tensor, chunks: Tensor, scratch: Tensor
-    ) -> Callable[..., Any]:
+    def _bind_norms(self, launch: Launch, kind: Kind | None, tables: Tables) -> Callable[..., Any]:
+        rule, n_chunks = RULES[launch.rule], len(launch.chunk_rows)
+        tuning = PRECISE[launch.param.itemsize]
+        states = (_DTYPE.get(launch.state),) * len(rule.states)
+        kind = kind or Kind(_DTYPE[launch.param], _DTYPE[launch.grad], states, False, None, False, False)
+        constants = {
+            "ADAPTS": rule.normed.adapts,
+            "DIRECTION": rule.normed.direction,
+            "SCALARS": rule.scalars,
+            "KIND": kind._replace(averaged=False, stochastic=False),
+            "BLOCK": tuning.block,
+        }
+        programs = _multiprocessors(self._device) * tuning.programs[len(rule.states)]
+        return self._bind(norms.norms, (min(n_chunks, programs),), (*tables, n_chunks), constants)
+
+    def _bind_adapt(self, launch: Launch, tables: Tables) -> Callable[..., Any]:
+        rule, n_rows = RULES[launch.rule], len(launch.rows)
+        constants = {"ADAPT": rule.normed.adapt, "SCALARS": rule.scalars, "BLOCK": SUMS}
+        grid = (min(n_rows, 8 * _multiprocessors(self._device)),)
+        return self._bind(norms.adapt, grid, (tables.rows, tables.scratch, tables.squares, n_rows), constants)
+
+    def _bind_update(self, launch: Launch, kind: Kind | None, tables: Tables) -> Callable[..., Any]:
         rule, n_chunks = RULES[launch.rule], len(launch.chunk_rows)
         tuning = (TUNING if kind is None else PRECISE)[launch.param.itemsize]
         resident = STOCHASTIC if kind is not None and kind.stochastic else tuning.programs[len(rule.states)]
@@ -219,7 +256,7 @@ class DeviceTable:
         split = max(1, min(programs // n_chunks, kernels.CHUNK.value // tuning.block))
         constants = {"UPDATE": rule.update, "SCALARS": rule.scalars, "BLOCK": tuning.block}
         if kind is None:
-            kernel, arguments = kernels.update, (rows, grads, chunks, scratch, n_chunks, split)
+            kernel, arguments = kernels.update, (*tables[:4], n_chunks, split)
             constants |= {
                 "STATES": len(rule.states),
                 "PARAM": _DTYPE[launch.param],
@@ -227,12 +264,15 @@ class DeviceTable:
                 "STATE": _DTYPE[launch.state],
             }
         else:
-            kernel = precise.update
-            arguments = (rows, grads, chunks, scratch, self._words[_TOLD:], n_chunks, split)
+            kernel, arguments = precise.update, (*tables[:4], self._words[_TOLD:], n_chunks, split)
             constants["KIND"] = kind
-        grid = (min(n_chunks * split, programs),)
+        return self._bind(kernel, (min(n_chunks * split, programs),), arguments, constants)
+
+    def _bind(
+        self, kernel: Any, grid: tuple[int], arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """A launch that lacks found_inf; compiled before anything runs: should it fail, no step counter has moved."""
         compiler = options(self._device, THREADS)
-        # compiled before anything runs: should it fail, no step counter has moved
         kernel.warmup(*arguments, self._no_inf, grid=grid, **constants, **compiler)
         return functools.partial(kernel[grid], *arguments, **constants, **compiler)
 
@@ -262,12 +302,13 @@ def _kinds(launch: Launch, precision: Precision | None) -> list[Kind | None]:
     rows, grads = torch.as_tensor(launch.rows), torch.as_tensor(launch.grads)
     masters = sorted(set(rows[rows[:, 5] != 0, 11].bool().tolist()))  # an empty tensor's is null
     averaged = bool(rows[:, 12].any())
-    stochastic = precision is not None and precision[1] and torch.bfloat16 in (launch.param, launch.state)
-    if plain and not (any(masters) or averaged or stochastic) and bool(grads.all()):
-        return [None]
     signed = cpu.rules()[launch.rule][3]
     code = [tl.int8 if signed >> k & 1 else tl.uint8 for k in range(len(RULES[launch.rule].states))]
     coded = launch.state == "8bit"
+    rounded = torch.bfloat16 in (launch.param, launch.state) or (coded and tl.uint8 in code)
+    stochastic = precision is not None and precision[1] and rounded
+    if plain and not (any(masters) or averaged or stochastic) and bool(grads.all()):
+        return [None]
     return [
         Kind(
             _DTYPE[launch.param],
