@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import CHECKPOINT
+from . import checkpoint
+from .distributed import World
+from .errors import UsageError
 
 # lr: the default, tried on the default model and data. momentum: whether the optimizer has it. squares: whether a state
 # is one. weight_decay: the default, where it is not the optimizer's own
@@ -40,14 +42,12 @@ WEIGHTS: dict[str, dict] = {
     "bf16-master": {"master_weights": True},
     "bf16-stochastic": {"stochastic_rounding": True},
 }
+PARALLEL = ("ddp", "zero1", "fsdp", "tp")
+ALONE = World()
 BYTES_VOCAB = 256
 SMALLEST_BPE = BYTES_VOCAB + 1  # all bytes and the end of a text
 # the vocabulary is 64 times the width: GPT-2 small has 65, Llama 3.2 1B 63, Qwen2.5 0.5B 170
 MODEL_DEFAULTS = {"layers": 4, "dim": 128, "heads": 4}
-
-
-class UsageError(Exception):
-    """Bad input: what was given, what was expected, how to mend it. Becomes exit code 2."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusedopt.train",
         description="Train a small language model with fusedopt, or --compare it with stock PyTorch. "
-        "Under torchrun the same command trains with DistributedDataParallel.",
+        "Under torchrun the same command trains on many processes.",
     )
     add = parser.add_argument_group("data").add_argument
     add(
@@ -163,6 +163,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", help="torch.compile the model")
 
+    add = parser.add_argument_group("under torchrun").add_argument
+    add(
+        "--parallel",
+        choices=PARALLEL,
+        help="ddp: everything on every process; zero1: optimizer states in shards; fsdp: weights and gradients too; "
+        "tp: every tensor of a gpt's blocks and head split over all processes (default: ddp)",
+    )
+    add(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="after which a process that keeps the others waiting is given up, and the run ends (default: %(default)g)",
+    )
+
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="default: runs/<model>-<optimizer>[-stock|-compare]")
     add("--eval-every", type=int, default=100, metavar="STEPS", help="default: %(default)s")
@@ -173,7 +188,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def seconds(text: str) -> float:
+    """A positive number, which is needed before the processes can agree on a complaint."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError
+    return value
+
+
+def check(args: argparse.Namespace, world: World = ALONE) -> None:
     """Resolve the defaults that depend on other arguments; raise UsageError for what cannot work."""
     for name in (
         "layers",
@@ -214,11 +237,16 @@ def check(args: argparse.Namespace) -> None:
     for path in args.data or ():
         if not Path(path).exists():
             raise UsageError(f"--data {path}: no such file or folder")
+    _check_parallel(args, world)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = device_of(args)
     _check_out(args)
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """Where to train: on CUDA if that is there, unless told otherwise."""
+    return "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def flag(name: str) -> str:
@@ -288,11 +316,36 @@ def _check_precision(args: argparse.Namespace) -> None:
         )
 
 
+def _check_parallel(args: argparse.Namespace, world: World) -> None:
+    if not world.launched:
+        if args.parallel is not None:
+            raise UsageError(
+                f"--parallel {args.parallel}: spreads a run over processes; start them with torchrun "
+                "--nproc-per-node=N -m fusedopt.train, or leave it out"
+            )
+        return
+    args.parallel = args.parallel or "ddp"
+    if args.parallel != "tp":
+        return
+    if args.model != "gpt":
+        raise UsageError(f"--parallel tp: splits a gpt, and the model is {args.model}; use ddp, zero1 or fsdp")
+    if args.heads % world.size:
+        raise UsageError(
+            f"--parallel tp: {world.size} processes cannot share --heads {args.heads} evenly; "
+            "start as many processes as divide it, or change --heads"
+        )
+    if args.distill:
+        raise UsageError("--parallel tp: --distill reads a whole head; use ddp, zero1 or fsdp")
+
+
 def _check_teacher(args: argparse.Namespace) -> None:
     if args.distill is None:
         return
-    if not (Path(args.distill) / CHECKPOINT).is_file():
-        raise UsageError(f"--distill {args.distill}: no {CHECKPOINT} there; expected the --out of an earlier run")
+    if checkpoint.latest(Path(args.distill)) is None:
+        raise UsageError(
+            f"--distill {args.distill}: no {checkpoint.CHECKPOINT} there, and no whole {checkpoint.FOLDER}<step>; "
+            "expected the --out of an earlier run"
+        )
     if args.init_from is not None:
         raise UsageError("--distill: a teacher of this loop and --init-from have different vocabularies")
     if not (math.isfinite(args.distill_temperature) and args.distill_temperature > 0):
@@ -358,9 +411,14 @@ def _check_out(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {out}: is the teacher's folder, which the run would overwrite; choose another --out")
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite: choose one")
-    exists = (out / CHECKPOINT).is_file()
+    exists = checkpoint.latest(out) is not None
     if args.resume and not exists:
-        raise UsageError(f"--resume: no {CHECKPOINT} in {out}; leave out --resume to start there")
+        partial = ", ".join(checkpoint.unfinished(out))
+        raise UsageError(
+            f"--resume: no {checkpoint.CHECKPOINT} in {out}, and no whole {checkpoint.FOLDER}<step>"
+            + (f" ({partial}: unfinished)" if partial else "")
+            + "; leave out --resume to start there"
+        )
     if exists and not (args.resume or args.overwrite):
         raise UsageError(
             f"--out {out}: holds the checkpoint of an earlier run; continue it with --resume, "

@@ -40,11 +40,15 @@ def bytes_per_parameter(
 ) -> dict[str, float]:
     """Of this process's tensors that last from step to step: weights, optimizer states, masters, average."""
     params = list(model.parameters())
-    held = {"weights": sum(p.nbytes for p in params), "states": 0, "masters": 0, "average": 0}
-    held["average"] += sum(p.nbytes for p in average.parameters()) if average is not None else 0
+    held = {"weights": sum(map(_bytes_here, params)), "states": 0, "masters": 0, "average": 0}
+    held["average"] += sum(map(_bytes_here, average.parameters())) if average is not None else 0
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                held[{"master": "masters", "ema": "average"}.get(key, "states")] += value.nbytes
+                held[{"master": "masters", "ema": "average"}.get(key, "states")] += _bytes_here(value)
     count = sum(p.numel() for p in params)
     return {name: round(total / count, 4) for name, total in held.items()}
+
+
+def _bytes_here(tensor: torch.Tensor) -> int:
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes  # of a DTensor this rank's part

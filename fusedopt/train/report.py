@@ -59,7 +59,7 @@ def write(
     }
     with atomic(out / SUMMARY, "w") as file:
         json.dump(summary, file, indent=2)
-    tokens = args.accumulate * world.size * args.batch_size * args.seq_len
+    tokens = rows[-1]["tokens"]
     title = (
         f"{args.model}, {parameters / 1e6:.2f} M parameters, vocabulary {args.vocab_size:,}, "
         f"{args.optimizer}, {precision(args)}, {tokens:,} tokens per step"
@@ -178,12 +178,13 @@ def machine(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Device, cores, threads and processes, and the same as a line."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     threads = torch.get_num_threads()
+    ways = f" ({args.parallel})" if world.launched else ""
     return {
         "device": device,
         "cores": os.cpu_count(),
         "threads": threads,
         "processes": world.size,
-        "line": f"{device}, {threads} thread(s), {world.size} process(es), torch {torch.__version__}",
+        "line": f"{device}, {threads} thread(s), {world.size} process(es){ways}, torch {torch.__version__}",
     }
 
 
