@@ -61,7 +61,7 @@ def run_jobs(count: int, folder: Path, jobs: list[dict], wait: float = WAIT) -> 
 def rank_main(folder: Path) -> None:
     from dataclasses import replace
 
-    from fusedopt.train import cli, run
+    from fusedopt.train import checks, cli, run
     from fusedopt.train.distributed import World
     from fusedopt.train.errors import Stop
 
@@ -73,7 +73,7 @@ def rank_main(folder: Path) -> None:
         here = replace(world, split=args.parallel == "tp")
         try:
             with here.agreeing():
-                cli.check(args, here)
+                checks.check(args, here)
             return str(run.Run(args, here).train() or "")
         except Stop as stop:
             return f"{type(stop).__name__}: {stop}"
