@@ -1,6 +1,6 @@
 # Each target sets itself up: a virtual environment in .venv, dependencies, the native build.
 #   make train   train a language model on this machine, stock PyTorch and fusedopt side by side (about three minutes)
-#   make test    the test suite (under ten minutes on two cores)
+#   make test    the test suite, in a process for each core (under ten minutes on two); ARGS="-x --pdb": in one process
 #   make bench   the benchmarks; then `make readme` writes their figures into the README
 #   make thorough  what make test leaves out: the CUDA sources under sanitizers, every Triton kernel for every target
 #   make gpu     what a GPU machine adds: tests, compute-sanitizer, benchmarks; make lint   format and lint checks
@@ -23,19 +23,22 @@ ifeq ($(origin PY),command line)
 READY := own-environment
 endif
 
+# one process for each core, where pytest-xdist is there
+WORKERS = $(shell $(PY) -c "import xdist; print('-n auto')" 2> /dev/null)
+
 .PHONY: own-environment train test thorough bench gpu gpu-test gpu-sanitize gpu-bench lint readme clean
 
 train: $(READY)
 	$(PY) -m fusedopt.train --compare --overwrite $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 bench: $(READY)
 	$(PY) -m benchmarks all $(ARGS)
 
 thorough: $(READY)
-	$(PY) -m pytest -m thorough $(ARGS)
+	$(PY) -m pytest -m thorough $(WORKERS) $(ARGS)
 
 gpu: gpu-test gpu-sanitize gpu-bench
 

@@ -52,6 +52,12 @@ def _lion(p: Tensor, g: Tensor, states: dict[str, Tensor], lr: float, weight_dec
     return {"param": p, "exp_avg": 0.99 * m + 0.01 * g}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What of a DTensor lies here: all of it, in the one process that measures."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _indices(tensor: Tensor) -> Tensor:
     count = min(tensor.numel(), SAMPLES)
     return torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64, device=tensor.device).long()
@@ -77,7 +83,7 @@ def contender(
     where = [_indices(p) for p in params]
 
     def sample(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([t.detach().reshape(-1)[i] for t, i in zip(tensors, where, strict=True)]).double().cpu()
+        return torch.cat([local(t).reshape(-1)[i] for t, i in zip(tensors, where, strict=True)]).double().cpu()
 
     def states() -> dict[str, Tensor]:
         """Of the sampled elements; the step count is the same for all."""

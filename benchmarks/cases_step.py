@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from fusedopt import optim as fused
 
 from . import peers
-from .cases_optim import GPT2_SMALL, Build, Oracle, by_torch, contender
+from .cases_optim import GPT2_SMALL, Build, Oracle, by_torch, contender, local
 from .runner import Case, Contender, Target, relative_error
 
 MAX_NORM = 1.0
@@ -27,7 +27,7 @@ FOUR_MILLION = [(1024, 1024)] * 4  # as much as a peer on the CPU does in half a
 
 
 def coefficient(gradients: list[Tensor]) -> float:
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    norm = math.sqrt(sum(float(local(g).double().square().sum()) for g in gradients))
     return min(1.0, MAX_NORM / (norm + 1e-6))
 
 

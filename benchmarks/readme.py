@@ -10,10 +10,11 @@ import os
 import re
 from pathlib import Path
 
-from . import features, report, store
+from . import ddp_report, features, project_report, report, store
 
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
-NAMES = (*store.SUITES, "train", "plot", "features")
+NAMES = (*store.SUITES, *store.STUDIES, "train", "plot", "features")
+OWN_BLOCKS = {"ddp": ddp_report.block, "project": project_report.block}  # suites that tell in a way of their own
 
 
 def block(name: str, folders: list[Path], readme: Path) -> str:
@@ -25,7 +26,9 @@ def block(name: str, folders: list[Path], readme: Path) -> str:
     found = {}
     for folder in folders:
         shown = Path(os.path.relpath(folder, readme.parent)).as_posix()
-        if name in store.SUITES:
+        if name in OWN_BLOCKS:
+            text = OWN_BLOCKS[name](folder, shown)
+        elif name in (*store.SUITES, *store.STUDIES):
             text = report.suite_block(name, folder)
         else:
             text = {"train": report.train_block, "plot": report.plot_block}[name](folder, shown)

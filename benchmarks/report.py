@@ -19,9 +19,12 @@ from . import (
     cases_loss_gpu,
     cases_optim,
     cases_optim_gpu,
+    cases_shared,
     cases_step,
+    codes,
     host,
     install,
+    modes,
     store,
 )
 from .runner import STREAM, Case
@@ -31,6 +34,7 @@ OURS = ("fusedopt", "fusedopt triton", "fusedopt inplace")
 
 
 SINGLE = {"install": install, "host": host}  # suites of one row, measured in a way of their own
+STUDIES = {"modes": modes, "codes": codes}  # training runs
 
 
 def registry(suite: str, device: str | None = None) -> list[Case]:
@@ -41,7 +45,9 @@ def registry(suite: str, device: str | None = None) -> list[Case]:
         "loss": (cases_loss, cases_loss_dense, cases_loss_gpu),
         "linear_loss": (cases_linear_loss, cases_linear_loss_gpu),
     }.get(suite, ())
-    return [case for source in sources for case in source.cases() if device in (None, case.device)]
+    found = [case for source in sources for case in source.cases()]
+    found += cases_shared.cases(suite) if suite in ("optim", "step") else []
+    return [case for case in found if device in (None, case.device)]
 
 
 def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
@@ -79,6 +85,17 @@ def terminal(suite: str, rows: list[Row]) -> Table:
             verdict = row["verdict"] if row["verdict"] == "ok" else f"[bold red]{row['verdict']}"
             ratios = [f"{ratio(row, contenders[o]):.2f}" if o in contenders else "" for o in ours]
             table.add_row("  " + row["contender"], *cells, str(row["error"]), verdict, *ratios)
+    return table
+
+
+def terminal_study(suite: str, rows: list[Row]) -> Table:
+    """What the README shows of a study."""
+    header, cells, note = STUDIES[suite].table(rows)
+    table = Table(title=suite, title_justify="left", caption=note, caption_justify="left")
+    for place, heading in enumerate(header):
+        table.add_column(heading, justify="right" if place else "left")
+    for line in cells:
+        table.add_row(*line)
     return table
 
 
@@ -133,9 +150,9 @@ def peaks(case: Case, contenders: dict[str, Row]) -> Iterator[list[str]]:
     ]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table; figures, from the fourth column on, to the right."""
-    rule = ["---" if i < 3 else "---:" for i in range(len(header))]
+def markdown(header: list[str], rows: list[list[str]], words: int = 3) -> str:
+    """A table; figures, which follow the first columns of `words`, to the right."""
+    rule = ["---" if i < words else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
@@ -161,7 +178,10 @@ def suite_block(suite: str, folder: Path) -> str:
     rows = store.read(folder / f"{suite}.jsonl")
     if not rows:
         return ""
-    if suite in SINGLE:
+    if suite in STUDIES:
+        header, cells, note = STUDIES[suite].table(rows)
+        table = "\n\n".join(filter(None, [markdown(header, cells, words=1), note]))
+    elif suite in SINGLE:
         table = markdown(["what", "time", "required"], [SINGLE[suite].claim(rows[0])])
     else:
         grouped = by_case(rows)

@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-SUITES = ("optim", "step", "loss", "linear_loss", "host", "install")
+from . import ddp_split, project_model
+
+SUITES = ("optim", "step", "loss", "linear_loss", "host", "install", "ddp", "project")
+STUDIES = ("modes", "codes")  # training runs that take many minutes: each only when asked for by name
 UNITS = {
     "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
     "bytes": "that must move, read and write each counted",
@@ -19,8 +22,12 @@ UNITS = {
     "peak_mib, allowed_mib": "the most that was allocated at once, beyond the inputs; and what ours may take",
     "absent": "peers that would have taken part if they had been installed",
     "error, stock_error": "max |result - float64 oracle| / max(|oracle|, median |oracle|), in epsilons of the dtype",
-    "verdict": "ok where error <= error_limit",
+    "verdict": "ok where error <= error_limit; of a training run, where its loss is finite",
+    "val_loss": "nats per token at the end of a run",
+    "exp_avg_error, exp_avg_sq_error": "median |kept - exact| / |exact| of the moments at the last step",
+    "weights_bytes, states_bytes, masters_bytes": "per parameter, of the tensors that last from step to step",
 }
+OWN_UNITS = {"ddp": ddp_split.UNITS, "project": project_model.UNITS}  # suites that measure other things
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -37,7 +44,8 @@ def merge(path: Path, rows: list[dict[str, Any]], order: list[str]) -> None:
     kept = [row for row in read(path) if row["case"] not in new]
     places = {name: place for place, name in enumerate(order)}
     every = sorted(kept + rows, key=lambda row: places.get(row["case"], len(places)))
-    header = {"suite": path.stem, "command": f"python -m benchmarks {path.stem}", "units": UNITS}
+    units = OWN_UNITS.get(path.stem, UNITS)
+    header = {"suite": path.stem, "command": f"python -m benchmarks {path.stem}", "units": units}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     beside.write_text("".join(json.dumps(line) + "\n" for line in [header, *every]), encoding="utf-8")

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -292,17 +293,34 @@ PYBIND11_MODULE(_native, m) {
           "bind",
           [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
              py::handle scales, py::handle master, py::handle ema, py::handle step, py::handle owners, py::handle spec,
-             py::handle grad_spec, int32_t holders, bool fresh, bool lasting, bool on_device) {
+             py::handle grad_spec, int32_t holders, int64_t index, const std::array<int64_t, 3>& place, bool fresh,
+             bool lasting, bool on_device) {
             checked([&] {
-              t.bind(i, {param.ptr(), grad.ptr(), state_dict.ptr(), states.ptr(), scales.ptr(), master.ptr(), ema.ptr(),
-                         step.ptr(), owners.ptr(), spec.ptr(), grad_spec.ptr(), holders, fresh, lasting, on_device});
+              t.bind(i, {param.ptr(),
+                         grad.ptr(),
+                         state_dict.ptr(),
+                         states.ptr(),
+                         scales.ptr(),
+                         master.ptr(),
+                         ema.ptr(),
+                         step.ptr(),
+                         owners.ptr(),
+                         spec.ptr(),
+                         grad_spec.ptr(),
+                         holders,
+                         index,
+                         {place[0], place[1], place[2]},
+                         fresh,
+                         lasting,
+                         on_device});
               return 0;
             });
           },
           py::arg("slot"), py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"),
           py::arg("scales") = py::tuple(), py::arg("master") = py::none(), py::arg("ema") = py::none(), py::arg("step"),
           py::arg("owners"), py::arg("spec") = py::none(), py::arg("grad_spec") = py::none(), py::arg("holders") = 0,
-          py::arg("fresh"), py::arg("lasting"), py::arg("on_device") = false)
+          py::arg("index"), py::arg("place") = std::array<int64_t, 3>{0, 1, 1}, py::arg("fresh"), py::arg("lasting"),
+          py::arg("on_device") = false)
       .def(
           "slot",
           [](const Table& t, int64_t i) {

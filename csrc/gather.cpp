@@ -235,7 +235,7 @@ void Table::bind(int64_t i, const Binding& b) {
     pointers[s] = t.data;
   }
   Extras extras{};
-  extras.index = i;
+  extras.index = b.index;
   for (Py_ssize_t s = 0; s < n_scales; ++s) {
     const dlpack::Tensor t = read(PyTuple_GET_ITEM(b.scales, s), "a state's scales");
     if (dtype_of(t.dtype) != Dtype::kF32 || Layout(t).numel != (layout.numel + kCodeBlock - 1) / kCodeBlock)
@@ -291,6 +291,7 @@ void Table::bind(int64_t i, const Binding& b) {
   slot.grad = idle ? nullptr : address(g);
   slot.idle = idle;
   slot.extras = extras;
+  slot.place = b.place;
   std::copy(pointers, pointers + kMaxStates, slot.states);
   slot.n_states = int(n_states);
   slot.step = counter;

@@ -46,6 +46,7 @@ struct Slot {
   void* step = nullptr;  // float or double; float if on_device
   bool step_is_double = false;
   Extras extras{};
+  Place place{};
 };
 
 // Tensors of a slot, as Python gives them.
@@ -62,6 +63,8 @@ struct Binding {
   PyObject* spec;        // of a DTensor, or None
   PyObject* grad_spec;   // of its gradient; or None
   int32_t holders;       // see Slot
+  int64_t index;         // of the parameter, see Extras
+  Place place;
   bool fresh;
   bool lasting;    // all are the optimizer's own objects, so that the next gather may check natively
   bool on_device;  // see Slot

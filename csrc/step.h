@@ -20,6 +20,12 @@ struct Extras {
   int64_t index;             // of the parameter in its optimizer: tells its random bits from others'
 };
 
+// Where a part lies in the tensor that processes share: its element i is element first + i / run * stride + i % run.
+// Random bits follow from that, so that they are the same however many share.
+struct Place {
+  int64_t first, run, stride;
+};
+
 // One tensor of a step. `numel` elements lie densely behind each pointer, in the same order.
 struct Row {
   void* param;
@@ -29,6 +35,7 @@ struct Row {
   double step;  // already advanced: 1 at a tensor's first step
   int32_t group;
   Extras extras;
+  Place place;
 };
 
 // How a step rounds and averages, beyond storing to the nearest.

@@ -1,4 +1,4 @@
-"""What torch operations hold and how often they multiply, seen through the dispatcher."""
+"""What torch operations hold, how often they multiply, and whether they wait, seen through the dispatcher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PRODUCTS = ("mm", "addmm", "addmm_")
 
 
 class Watch(TorchDispatchMode):
-    """`peak`: most bytes alive at once of memory that was allocated inside; `products`: matrix products taken."""
+    """`peak`: most bytes alive at once of CPU memory that was allocated inside; `products`: matrix products taken."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -24,8 +24,17 @@ class Watch(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
+                if storage.device.type == "cpu" and storage._cdata not in self.known:
                     self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self.live.values()))
         return out
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: a tensor's value as a number, a shape that values decide."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique"), name
+        return func(*args, **(kwargs or {}))

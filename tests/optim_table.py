@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import papers
 import torch
 from torch import Tensor
 
@@ -200,23 +201,20 @@ def note_peaks(peaks: list[dict[str, float]], rows: list[dict[str, Tensor]]) -> 
 
 
 def lion_oracle(options: dict[str, Any], dtypes: str) -> Outcome:
-    """Lion after Chen et al. 2023, Algorithm 2, in float64."""
-    lr, (beta1, beta2) = float(options["lr"]), options.get("betas", (0.9, 0.99))
-    decay, sign = options.get("weight_decay", 0.0), -1 if options.get("maximize") else 1
+    """Lion in float64, and which elements' signs rounding decides."""
     eps = torch.finfo(DTYPES[dtypes][0]).eps
     params = make_params(dtypes, double=True)
-    rows = [{"param": p.detach().clone(), "exp_avg": torch.zeros_like(p.detach())} for p in params]
+    optimizer = papers.Lion(params, **{**options, "lr": float(options["lr"])})
     peaks = [{} for _ in params]
     doubtful = [torch.zeros_like(p, dtype=torch.bool) for p in params]
     for step in range(1, STEPS + 1):
         set_grads(params, dtypes, step)
-        for param, row, doubt in zip(params, rows, doubtful, strict=True):
-            grad, average = sign * param.grad, row["exp_avg"]
-            direction = beta1 * average + (1 - beta1) * grad
+        averages = [optimizer.state[p].get("exp_avg", torch.zeros_like(p)).clone() for p in params]
+        optimizer.step()
+        for param, average, doubt in zip(params, averages, doubtful, strict=True):
             # the stored average is off by half an ulp per step
-            doubt |= direction.abs() <= 4 * eps * (average.abs() + grad.abs())
-            row["param"] = row["param"] * (1 - lr * decay) - lr * direction.sign()
-            row["exp_avg"] = beta2 * average + (1 - beta2) * grad
+            doubt |= optimizer.state[param]["direction"].abs() <= 4 * eps * (average.abs() + param.grad.abs())
+        rows = [{"param": p.detach(), "exp_avg": optimizer.state[p]["exp_avg"]} for p in params]
         note_peaks(peaks, rows)
     return Outcome(rows, peaks, doubtful)
 

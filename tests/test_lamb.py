@@ -1,5 +1,6 @@
 """LAMB: the paper's formula in float64, every dtype, precision and instruction set."""
 
+import papers
 import pytest
 import torch
 from optim_table import DTYPES, ENGINES, SHAPES, make_params, set_grads, use_engine
@@ -17,22 +18,11 @@ STEPS = 4
 
 
 def oracle(options, dtypes):
-    lr, wd = float(options["lr"]), options.get("weight_decay", 0.0)
-    beta1, beta2 = options.get("betas", (0.9, 0.999))
-    eps, sign = options.get("eps", 1e-6), -1 if options.get("maximize") else 1
     params = make_params(dtypes, double=True)
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    optimizer = papers.LAMB(params, **{**options, "lr": float(options["lr"])})
     for t in range(1, STEPS + 1):
         set_grads(params, dtypes, t)
-        for p, (m, v) in zip(params, moments, strict=True):
-            g = sign * p.grad
-            m.copy_(beta1 * m + (1 - beta1) * g)
-            v.copy_(beta2 * v + (1 - beta2) * g * g)
-            u = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps) + wd * p.detach()
-            ratio = 1.0
-            if (wd or options.get("always_adapt")) and p.detach().norm() > 0 and u.norm() > 0:
-                ratio = p.detach().norm() / u.norm()
-            p.data -= lr * ratio * u
+        optimizer.step()
     return [p.detach() for p in params]
 
 

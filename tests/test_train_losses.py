@@ -62,7 +62,7 @@ def test_compiled(corpus):
     args = arguments("--data", corpus, *TINY, *BYTES, "--steps", 2, "--compile")
     text = data.load(args)
     contender = loop.Contender("fused", args, World())
-    contender.parallel.compile(backend="aot_eager")
+    contender.parallel.module.compile(backend="aot_eager")
     eager = loop.Contender("fused", arguments("--data", corpus, *TINY, *BYTES, "--steps", 2), World())
     for step in range(2):
         batches = data.train_batches(args, text, step, 0, 1)

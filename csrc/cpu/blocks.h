@@ -18,8 +18,9 @@ constexpr int kBlock = int(kCodeBlock);
 struct Noise {
   uint16_t bits[kBlock];
 
-  Noise(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin) {
-    random_block({precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index)}, tensor, begin, bits);
+  Noise(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin, int n) {
+    const RandomKey key{precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index)};
+    random_block(key, tensor, row.place, begin, n, bits);
   }
 };
 
@@ -86,7 +87,7 @@ void store_weights(const Precision& precision, const Row& row, Dtype dtype, int6
       return;
     }
     if (precision.stochastic) {
-      narrow(w, n, Noise(precision, row, 0, begin), to);
+      narrow(w, n, Noise(precision, row, 0, begin, n), to);
     } else {
       narrow(w, n, to);
     }

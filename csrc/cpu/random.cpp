@@ -43,9 +43,8 @@ void philox_lanes(const RandomKey& key, uint32_t tensor, const Lanes& eighth, ui
   std::memcpy(second, &pairs[1], sizeof(Lanes));
 }
 
-}  // namespace
-
-void random_block(const RandomKey& key, uint32_t tensor, int64_t begin, uint16_t* bits) {
+// Of kCodeBlock elements of the whole tensor from `begin`, a multiple of 8.
+void random_elements(const RandomKey& key, uint32_t tensor, int64_t begin, uint16_t* bits) {
   uint64_t eighths[kCalls], first[kCalls], second[kCalls], words[2 * kCalls];
   for (int i = 0; i < kCalls; ++i) eighths[i] = uint64_t(begin / 8 + i);
   for (int i = 0; i < kCalls; i += kLanes) {
@@ -58,6 +57,25 @@ void random_block(const RandomKey& key, uint32_t tensor, int64_t begin, uint16_t
     words[2 * i + 1] = second[i];
   }
   std::memcpy(bits, words, sizeof words);  // little-endian: element 2 k has the low half of word k
+}
+
+}  // namespace
+
+void random_block(const RandomKey& key, uint32_t tensor, const Place& place, int64_t begin, int n, uint16_t* bits) {
+  if (place.run == place.stride && (place.first + begin) % 8 == 0)
+    return random_elements(key, tensor, place.first + begin, bits);
+  for (int done = 0; done < n;) {
+    const int64_t in_run = (begin + done) % place.run;
+    const int64_t at = place.first + (begin + done) / place.run * place.stride + in_run;
+    const int before = int(at % 8);  // bits come for eight at a time
+    uint16_t more[kCodeBlock];
+    random_elements(key, tensor, at - before, more);
+    int64_t take = place.run == place.stride ? n : place.run - in_run;
+    take = take < n - done ? take : n - done;
+    take = take < kCodeBlock - before ? take : kCodeBlock - before;
+    std::memcpy(bits + done, more + before, size_t(take) * sizeof(uint16_t));
+    done += int(take);
+  }
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -9,7 +9,8 @@ struct RandomKey {
   uint32_t step, parameter;
 };
 
-// 16 random bits for each of kCodeBlock elements from `begin`; `tensor` and the rest as precision.h's philox().
-void random_block(const RandomKey& key, uint32_t tensor, int64_t begin, uint16_t* bits);
+// 16 random bits for each of n <= kCodeBlock elements of a part from `begin`; `tensor` and the rest as precision.h's
+// philox(). Room for kCodeBlock is written.
+void random_block(const RandomKey& key, uint32_t tensor, const Place& place, int64_t begin, int n, uint16_t* bits);
 
 }  // namespace fusedopt::FUSEDOPT_ISA

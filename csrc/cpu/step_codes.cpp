@@ -113,7 +113,7 @@ void step_codes(const Launch& launch, const Span& span) {
         });
         for_states<Rule>([&](auto k) {
           if (precision.stochastic && !is_signed<Rule>(k))
-            encode(room[2 + k], largest[k], Noise(precision, row, 1 + k, begin), codes[k]);
+            encode(room[2 + k], largest[k], Noise(precision, row, 1 + k, begin, kBlock), codes[k]);
           else
             encode<is_signed<Rule>(k)>(room[2 + k], largest[k], codes[k]);
         });

@@ -31,7 +31,7 @@ struct States {
     if (dtype == Dtype::kBF16) {
       bf16* const to = static_cast<bf16*>(row.state[k]) + begin;
       if (precision.stochastic) {
-        narrow(values[k], n, Noise(precision, row, 1 + k, begin), to);
+        narrow(values[k], n, Noise(precision, row, 1 + k, begin, n), to);
       } else {
         narrow(values[k], n, to);
       }

@@ -65,6 +65,8 @@ class StepInBackward:
         """Go back to ordinary steps; under DDP the hook stays, and does no more than DDP itself would."""
         for hook in self._hooks:
             hook.remove()
+        for single in self._singles.values():
+            self.optimizer._new_averages += single.new_averages()
         self._on = False
         self.optimizer._in_backward = None
 
@@ -141,6 +143,11 @@ class _Single:
         )
         self._alone._forget()
         self._alone._first_index = index
+        # Adagrad has made its state already, and averages that its first step is to fill
+        self._alone._new_averages = [p for p in optimizer._new_averages if p is param]
+
+    def new_averages(self) -> list[Tensor]:
+        return self._alone._new_averages
 
     def update(self) -> None:
         alone, param = self._alone, self._param
@@ -152,7 +159,9 @@ class _Single:
 
 def _singles(optimizer: Any) -> dict[Tensor, _Single]:
     placed = [(g, param) for g, group in enumerate(optimizer.param_groups) for param in group["params"]]
-    return {param: _Single(optimizer, g, param, index) for index, (g, param) in enumerate(placed)}
+    singles = {param: _Single(optimizer, g, param, index) for index, (g, param) in enumerate(placed)}
+    optimizer._new_averages.clear()
+    return singles
 
 
 def _reduce_and_step(handle: StepInBackward, bucket: Any) -> Any:

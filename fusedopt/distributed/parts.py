@@ -6,6 +6,7 @@ Elementwise work needs no more than the parts. Nothing here is imported, and not
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -61,11 +62,53 @@ def placed(tensor: Tensor, like: Tensor, what: str) -> Tensor:
     check_placed(tensor, like, what)
     if is_shared(tensor) or not is_shared(like) or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    shape, offset = _box(like)
     here = tensor[tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))]
     return whole(torch.empty_like(part(like), dtype=tensor.dtype).copy_(here), like)
+
+
+def _box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of a DTensor's part, and where in the whole it begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def elements(tensor: Tensor) -> Tensor | None:
+    """(numel,) int64: which elements of the whole a DTensor's part holds, counted and listed in the order in which
+    they lie; None for a tensor that is not shared, which holds its own.
+    """
+    if not is_shared(tensor):
+        return None
+    shape, offset = _box(tensor)
+    here = part(tensor)
+    numbers = torch.zeros((), dtype=torch.int64, device=here.device)
+    for n, first, stride in zip(shape, offset, tensor.stride(), strict=True):
+        along = torch.arange(first, first + n, device=here.device) * stride
+        numbers = numbers.unsqueeze(-1) + along
+    as_they_lie = torch.empty_like(here, dtype=torch.int64).copy_(numbers)
+    return as_they_lie.as_strided((as_they_lie.numel(),), (1,))
+
+
+def place(tensor: Tensor) -> tuple[int, int, int] | None:
+    """`elements` in closed form, (first, run, stride) as csrc/step.h's Place has it; None where there is none."""
+    if not is_shared(tensor):
+        return 0, 1, 1
+    shape, offset = _box(tensor)
+    strides = tensor.stride()
+    if not tensor.numel() or not all(shape):
+        return 0, 1, 1
+    if not part(tensor).is_contiguous() or any(
+        stride != math.prod(tensor.shape[d + 1 :]) for d, stride in enumerate(strides) if tensor.shape[d] > 1
+    ):
+        return None
+    first = sum(start * math.prod(tensor.shape[d + 1 :]) for d, start in enumerate(offset))
+    cut = [d for d in range(tensor.ndim) if shape[d] != tensor.shape[d]]
+    if not cut or cut == [0]:
+        return first, 1, 1
+    if cut[:-1] not in ([], [0]):
+        return None  # runs that are not evenly apart
+    return first, math.prod(shape[cut[-1] :]), math.prod(tensor.shape[cut[-1] :])
 
 
 def _told(tensor: Tensor) -> str:

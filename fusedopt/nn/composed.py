@@ -5,6 +5,7 @@ It is what the fused path falls back to, and what differentiates it twice.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -18,6 +19,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
+
+
+def is_dtensor(*tensors: Tensor | None) -> bool:
+    """Whether one is a DTensor, without importing torch.distributed: where there is one, it has been."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
+
+
+def sharded_classes(tensor: Tensor, dim: int | None = None) -> bool:
+    """Whether each rank holds some of the classes alone: dimension `dim`, or the logits' own."""
+    if not is_dtensor(tensor):
+        return False
+    dim = class_dim(tensor) if dim is None else dim
+    return any(p.is_shard(dim) for p in tensor.placements)
 
 
 def scaled(logits: Tensor, rule: Any) -> Tensor:

@@ -71,7 +71,7 @@ def apply(
 ) -> tuple[Tensor, Stats | None]:
     """The loss, () or (N,) or (B, P), attached to the graph of `logits` and of probability targets; the statistics."""
     if torch.compiler.is_compiling():
-        at_forward = _at_forward(logits, reduction) and torch.is_grad_enabled() and logits.requires_grad
+        at_forward = grad_at_forward(logits, reduction) and torch.is_grad_enabled() and logits.requires_grad
         at_forward = at_forward and not target.requires_grad
         loss, _, *stats = torch.ops.fusedopt.cross_entropy(
             logits, target, *rule, reduction, at_forward, return_stats, backend
@@ -91,7 +91,7 @@ def _new_stats(logits: Tensor) -> Stats:
     return Stats(*(torch.empty(shape, dtype=d, device=logits.device) for d in dtypes))
 
 
-def _at_forward(logits: Tensor, reduction: str) -> bool:
+def grad_at_forward(logits: Tensor, reduction: str) -> bool:
     """Whether the gradient can be written before the upstream gradient is known.
 
     Not in float16: 1 / N underflows before GradScaler's scale arrives.
@@ -99,12 +99,12 @@ def _at_forward(logits: Tensor, reduction: str) -> bool:
     return reduction != "none" and logits.dtype != torch.float16
 
 
-def _dense(matrix: Tensor) -> Tensor:
+def dense_rows(matrix: Tensor) -> Tensor:
     """`matrix`, copied where its last dimension is not contiguous."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
-def _overlaps(matrix: Tensor) -> bool:
+def overlaps(matrix: Tensor) -> bool:
     """Whether elements may share memory (an expanded tensor): they cannot hold a gradient each."""
     reach = 0
     for stride, size in sorted(zip(matrix.stride(), matrix.shape, strict=True)):
@@ -116,10 +116,10 @@ def _overlaps(matrix: Tensor) -> bool:
 
 def _prepared(logits: Tensor, target: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Rule]:
     """What a backend takes."""
-    target = _dense(target) if target.is_floating_point() else target.reshape(-1).contiguous()
+    target = dense_rows(target) if target.is_floating_point() else target.reshape(-1).contiguous()
     if rule.weight is not None:
         rule = rule._replace(weight=rule.weight.to(composed.compute_dtype(logits.dtype)).contiguous())
-    return _dense(logits), target, rule
+    return dense_rows(logits), target, rule
 
 
 def _forward(
@@ -176,9 +176,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.grad = None
         ctx.inplace = False
         for_logits, for_target = ctx.needs_input_grad[:2]
-        x = _dense(logits)
-        if for_logits and _at_forward(x, reduction):
-            ctx.inplace = inplace and not for_target and not _overlaps(x)
+        x = dense_rows(logits)
+        if for_logits and grad_at_forward(x, reduction):
+            ctx.inplace = inplace and not for_target and not overlaps(x)
             ctx.grad = x if ctx.inplace else kernels.new_gradient(x)
         loss, lse = _forward(x, target, rule, reduction, ctx.grad, stats, kernels)
         if ctx.inplace:
@@ -221,7 +221,7 @@ def _at_forward_done(ctx: Any) -> bool:
             "on. Specify retain_graph=True if you need to backward through the graph a second time."
         )
     logits = ctx.saved_tensors[0]  # raises autograd's own error once freed
-    return _at_forward(logits, ctx.reduction)
+    return grad_at_forward(logits, ctx.reduction)
 
 
 def _differentiable(ctx: Any, upstream: Tensor) -> list[Tensor | None]:

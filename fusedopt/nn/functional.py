@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function_variadic
 from fusedopt import backends
 from fusedopt.nn import composed
 from fusedopt.nn import cross_entropy as _fused
+from fusedopt.nn.composed import class_dim, is_dtensor, sharded_classes
 from fusedopt.nn.cross_entropy import Stats, check_extras
 from fusedopt.nn.distillation import linear_distillation
 from fusedopt.nn.linear import linear_cross_entropy
@@ -39,6 +40,8 @@ def cross_entropy(
     logit_scale: float = 1.0,
     inplace: bool = False,
     return_stats: bool = False,
+    tp_group: Any = None,
+    vocab_range: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Stats]:
     """Same as `torch.nn.functional.cross_entropy`, with loss and gradient in one pass over the logits.
@@ -57,6 +60,15 @@ def cross_entropy(
     and backward the logits may be changed in place in the first case, as with stock; in the second, or where
     probability targets need a gradient, autograd raises.
 
+    The classes may lie on several ranks, cut as one likes. `input` is then a DTensor sharded over them by one dimension
+    of its mesh, of which the others replicate it or shard its first dimension; or each rank's logits are a plain
+    tensor, and `tp_group` and `vocab_range` say which they are. Forward reads the logits, takes one all-gather of 2
+    float32 a row (3 with label smoothing, 3 more with return_stats; the first call with a `vocab_range` takes another),
+    and reads them again for the gradient; backward takes none. Each rank gives all targets and all of `weight`, and
+    gets the whole loss, within a rounding of its log-sum-exp. DTensors give a DTensor: replicated, or placed as the
+    targets for "none"; where rows are sharded, "mean" and "sum" are over all of them, by one all-reduce of 2 numbers.
+    Targets must be class indices; the gradient has no second derivative.
+
     Args:
         input (Tensor): logits (C), (N, C) or (N, C, d1, ...), float32, bfloat16, float16 or float64.
         target (Tensor): int64 class indices of the input's shape without C, or probabilities of the input's shape and
@@ -72,6 +84,9 @@ def cross_entropy(
         logit_scale (float): multiplies the logits, as a reciprocal temperature does.
         inplace (bool): let the gradient overwrite the logits: half the memory. `input` must not be used afterwards.
         return_stats (bool): return `Stats` beside the loss, from the same pass.
+        tp_group (ProcessGroup): the ranks that hold the classes of a plain `input`; each must call.
+        vocab_range ((int, int)): the first class of this rank's `input`, and the one past its last; the ranks' ranges
+            must together be [0, V), in any order, empty ones allowed.
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (PyTorch's own kernels).
 
     Returns:
@@ -81,6 +96,9 @@ def cross_entropy(
     Raises:
         IndexError: a target outside [0, C) that is not ignore_index; nothing has been computed.
         TypeError, ValueError: z_loss, softcap or logit_scale is no number, or out of its range.
+        TypeError, ValueError: tp_group and vocab_range do not fit each other or the logits; or the ranks' ranges, rows
+            or options do not fit together, told on every rank in the first call with a vocab_range. Later calls tell
+            of options on the CPU; different numbers of rows are then found by TORCH_DISTRIBUTED_DEBUG=DETAIL alone.
         What torch raises, for everything else that it raises on.
 
     Source: `torch.nn.functional.cross_entropy`; Milakov & Gimelshein 2018 for the online normaliser; Chowdhery et al.
@@ -93,6 +111,12 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     rule = _fused.Rule(weight, ignore_index, label_smoothing, float(z_loss), softcap, float(logit_scale))
+    if tp_group is not None or vocab_range is not None or sharded_classes(input):
+        from fusedopt.distributed import vocab_loss  # torch may have been built without torch.distributed
+
+        return vocab_loss.cross_entropy(
+            input, target, rule, reduction, inplace, return_stats, tp_group, vocab_range, backend
+        )
     kernels = _kernels(input, target, weight, reduction, label_smoothing, backend)
     if not kernels:
         loss = composed.cross_entropy(input, target, rule, reduction)
@@ -132,19 +156,19 @@ def _kernels(
             return ""
         if input.is_neg() or target.is_neg():  # DLPack does not tell that the values are negated
             return ""
-    if has_torch_function_variadic(input, target, weight):
+    if has_torch_function_variadic(input, target, weight) or is_dtensor(input, target, weight):
         return ""
     kernels = backends.for_losses(backend, input.device, input.dtype)
     if not kernels:
         return ""
-    class_dim = composed.class_dim(input)
-    index_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    classes = class_dim(input)
+    index_shape = input.shape[:classes] + input.shape[classes + 1 :]
     if target.shape == input.shape:
         fits = target.dtype == input.dtype
     else:
         fits = target.dtype == torch.int64 and target.shape == index_shape
     if weight is not None:
-        fits = fits and weight.dtype == input.dtype and weight.shape == (input.shape[class_dim],)
+        fits = fits and weight.dtype == input.dtype and weight.shape == (input.shape[classes],)
         fits = fits and weight.device == input.device
         fits = fits and not (torch.is_grad_enabled() and weight.requires_grad)
     fits = (

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fusedopt import backends
 from fusedopt.nn import chunks, linear_op
 from fusedopt.nn import rows as torch_rows
-from fusedopt.nn.composed import compute_dtype
+from fusedopt.nn.composed import compute_dtype, sharded_classes
 from fusedopt.nn.cross_entropy import Rule, Stats
 from fusedopt.nn.linear_passes import Call, LinearCrossEntropy
 
@@ -34,6 +34,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_stats: bool = False,
+    tp_group: Any = None,
+    vocab_range: tuple[int, int] | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Stats]:
@@ -53,6 +55,14 @@ def linear_cross_entropy(
     In float16 the gradients are kept as for "sum", the weight's in float32, and divided by the mean's denominator when
     the upstream gradient, with GradScaler's scale in it, has come: 1 / N alone would underflow.
 
+    The classes may lie on several ranks: `linear_weight` and `linear_bias` are DTensors sharded over them (dimension 0)
+    by one dimension of a mesh, and `input` and `target` plain or replicated DTensors; or all are plain tensors, and
+    `tp_group` and `vocab_range` say which classes this rank's weight and bias hold. Each rank gives the same input, all
+    targets and all of `weight`, and gets the whole loss (a DTensor if linear_weight is one). Forward takes one
+    all-gather of 2 float32 a row, as `cross_entropy` there; backward one all-reduce of the input's gradient, in its
+    dtype. The gradient waits for that all-gather, so the logits of all chunks but the last are made again: with k
+    chunks, 2 N H V (k - 1) / k flops more than the 6 N H V of one, V the classes of a rank.
+
     Args:
         input (Tensor): (H), (N, H) or (..., H), float32, bfloat16, float16 or float64.
         linear_weight (Tensor): (V, H), or (V, d1, ..., H) with an input (N, H), in input's dtype.
@@ -67,6 +77,8 @@ def linear_cross_entropy(
         softcap (float): bound of the logits, by tanh.
         logit_scale (float): factor of the logits, before the softcap.
         return_stats (bool): return `(loss, Stats(lse, argmax, correct, entropy))`, from the same pass.
+        tp_group (ProcessGroup), vocab_range ((int, int)): the ranks that hold the classes, and this rank's first class
+            and the one past its last; see `cross_entropy`.
         chunk_bytes (int): what a chunk's logits, and what is computed beside them, may take: by default 64 MiB on the
             CPU and 1 GiB on other devices, see fusedopt/nn/chunks.py.
         backend (str): "auto", "cpu", "cuda", "triton" or "reference" (PyTorch's kernels, whole logits).
@@ -77,6 +89,7 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: a target outside [0, V) that is not ignore_index, on the CPU; nothing has been computed.
+        TypeError, ValueError, RuntimeError: tp_group and vocab_range as for `cross_entropy`.
         What torch raises, for everything else that it raises on.
 
     Source: `torch.nn.functional.linear_cross_entropy` (torch >= 2.12); Zhang et al. 2017 for the chunks, z_loss as in
@@ -88,8 +101,8 @@ def linear_cross_entropy(
             (input, linear_weight, target, linear_bias, weight),
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, options=options, z_loss=z_loss,
-            softcap=softcap, logit_scale=logit_scale, return_stats=return_stats, chunk_bytes=chunk_bytes,
-            backend=backend,
+            softcap=softcap, logit_scale=logit_scale, return_stats=return_stats, tp_group=tp_group,
+            vocab_range=vocab_range, chunk_bytes=chunk_bytes, backend=backend,
         )  # fmt: skip
     _check(input, linear_weight, target, linear_bias, ignore_index)
     if not torch.compiler.is_compiling():
@@ -97,6 +110,19 @@ def linear_cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     dtype = product_dtype(input)
     rule = Rule(weight, ignore, label_smoothing, z_loss, softcap, logit_scale)
+    call = Call(
+        rule,
+        reduction,
+        dtype,
+        chunk_bytes or chunks.budget(input.device),
+        getattr(options, "batch_chunk_size", None),
+        return_stats,
+        backend,
+    )
+    if tp_group is not None or vocab_range is not None or sharded_classes(linear_weight, 0):
+        from fusedopt.distributed import vocab_linear  # torch may have been built without torch.distributed
+
+        return vocab_linear.linear_cross_entropy(input, linear_weight, target, linear_bias, call, tp_group, vocab_range)
     tensors = (input, linear_weight, target, linear_bias, weight)
     if backend == "reference" or reduction not in ("none", "mean", "sum") or not _fusable(*tensors, dtype, rule):
         return _whole(input, linear_weight, target, linear_bias, rule, reduction, return_stats)
@@ -106,15 +132,7 @@ def linear_cross_entropy(
     x = input.reshape(-1, input.shape[-1])
     flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
     scale = None if weight is None else weight.detach().to(compute_dtype(dtype)).contiguous()
-    call = Call(
-        rule._replace(weight=scale),
-        reduction,
-        dtype,
-        chunk_bytes or chunks.budget(x.device),
-        getattr(options, "batch_chunk_size", None),
-        return_stats,
-        backend,
-    )
+    call = call._replace(rule=rule._replace(weight=scale))
     apply = linear_op.apply if torch.compiler.is_compiling() else LinearCrossEntropy.apply
     loss, *stats = apply(x, linear_weight, linear_bias, flat, call)
     loss = loss.reshape(index_shape) if reduction == "none" else loss
@@ -126,7 +144,7 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", torch.n
     `fusedopt.nn.functional.linear_cross_entropy`.
 
     Args: those of `torch.nn.LinearCrossEntropyLoss`, and of the function: z_loss, softcap, logit_scale, return_stats,
-    chunk_bytes, backend.
+    tp_group, vocab_range, chunk_bytes, backend. With a vocab_range (first, last) the layer holds these of num_classes.
 
     Shape: input (H), (N, H) or (..., H); target as the function's; output a scalar, or the index target's shape for
     reduction "none"; with return_stats the pair of it and Stats.
@@ -152,6 +170,8 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", torch.n
         softcap: float | None = None,
         logit_scale: float = 1.0,
         return_stats: bool = False,
+        tp_group: Any = None,
+        vocab_range: tuple[int, int] | None = None,
         chunk_bytes: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -165,8 +185,13 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", torch.n
         self.out_features = out_features
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        if vocab_range is not None and not 0 <= vocab_range[0] <= vocab_range[1] <= num_classes:
+            raise ValueError(
+                f"vocab_range={vocab_range} must be (first, last) with 0 <= first <= last <= {num_classes}"
+            )
+        self.held = num_classes if vocab_range is None else vocab_range[1] - vocab_range[0]
         self.linear = torch.nn.Linear(
-            in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
+            in_features, math.prod(out_features, start=self.held), bias=bias, device=device, dtype=dtype
         )
         self.options = options
         self.extras = {
@@ -174,17 +199,22 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", torch.n
             "softcap": softcap,
             "logit_scale": logit_scale,
             "return_stats": return_stats,
+            "tp_group": tp_group,
+            "vocab_range": vocab_range,
             "chunk_bytes": chunk_bytes,
             "backend": backends.check(backend),
         }
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Stats]:
-        bias = self.linear.bias
+        head, bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            head = head.unflatten(0, (self.held, *self.out_features))
+            bias = None if bias is None else bias.unflatten(0, (self.held, *self.out_features))
         return linear_cross_entropy(
             input,
-            self.linear.weight.unflatten(0, (self.num_classes, *self.out_features)),
+            head,
             target,
-            linear_bias=None if bias is None else bias.unflatten(0, (self.num_classes, *self.out_features)),
+            linear_bias=bias,
             weight=self.weight,
             reduction=self.reduction,
             ignore_index=self.ignore_index,

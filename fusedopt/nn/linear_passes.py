@@ -69,7 +69,7 @@ def _row_bytes(x: Tensor, classes: int, target: Tensor, call: Call, gathered: bo
     return classes * per_logit + 2 * copied * x.shape[1] * call.dtype.itemsize
 
 
-def _chunk_rows(
+def chunk_rows(
     keep: Tensor | None, x: Tensor, weight: Tensor, target: Tensor, call: Call, needs: tuple[bool, bool, bool],
     wide: bool = False,
 ) -> int:  # fmt: skip
@@ -86,7 +86,7 @@ def _chunk_rows(
 # --- the two passes ---
 
 
-def _kept(target: Tensor, call: Call) -> Tensor | None:
+def kept(target: Tensor, call: Call) -> Tensor | None:
     """The rows that count, where that can be known without waiting for a device, or None for all of them."""
     if target.dim() == 2 or target.device.type != "cpu" or call.return_stats:
         return None
@@ -119,12 +119,12 @@ def forward(
     """The loss, and for "mean" and "sum" the gradients that are needed."""
     classes, compute = weight.shape[0], compute_dtype(call.dtype)
     factor = target_factor(target, call.rule, classes, call.reduction == "mean", call.dtype, call.backend)
-    keep = _kept(target, call)
+    keep = kept(target, call)
     counting = target if keep is None else target.index_select(0, keep)
     n = counting.shape[0]
     needs = needs if call.reduction != "none" else (False, False, False)
     late = call.dtype == torch.float16
-    chunk = _chunk_rows(keep, x, weight, target, call, needs, wide=late)
+    chunk = chunk_rows(keep, x, weight, target, call, needs, wide=late)
     products = Products(x, weight, bias, call.dtype, keep=keep, chunk=chunk, needs=needs, wide=late)
     loss, lse = torch.empty(2, n, dtype=compute, device=x.device).unbind()
     stats = torch_rows.new_stats(n, compute, x.device)._replace(lse=lse) if call.return_stats else None
@@ -157,11 +157,11 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients for reduction "none", from logits that are made again."""
-    keep = _kept(target, call)
+    keep = kept(target, call)
     upstream = upstream.to(lse.dtype).contiguous()
     if keep is not None:
         target, upstream, lse = (column.index_select(0, keep) for column in (target, upstream, lse))
-    chunk = _chunk_rows(keep, x, weight, target, call, needs)
+    chunk = chunk_rows(keep, x, weight, target, call, needs)
     products = Products(x, weight, bias, call.dtype, keep=keep, chunk=chunk, needs=needs)
     for rows in products.chunks():
         logits = products.logits(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         logit_scale (float): multiplies the logits (default: 1).
         inplace (bool): let the gradient overwrite the logits, which then hold no logits any more (default: False).
         return_stats (bool): return `(loss, fusedopt.nn.functional.Stats)` (default: False).
+        tp_group (ProcessGroup), vocab_range ((int, int)): the ranks that hold the classes, and which of them are here,
+            where the logits are plain tensors; DTensors need neither. See the function.
         backend (str): "auto", "cpu", "cuda", "triton" or "reference".
 
     Shape: input (C), (N, C) or (N, C, d1, ...); target () / (N) / (N, d1, ...) int64 class indices, or probabilities
@@ -48,12 +52,15 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         logit_scale: float = 1.0,
         inplace: bool = False,
         return_stats: bool = False,
+        tp_group: Any = None,
+        vocab_range: tuple[int, int] | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         functional.check_extras(z_loss, softcap, logit_scale)
         self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
         self.inplace, self.return_stats = inplace, return_stats
+        self.tp_group, self.vocab_range = tp_group, vocab_range
         self.backend = backends.check(backend)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, functional.Stats]:
@@ -69,5 +76,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             logit_scale=self.logit_scale,
             inplace=self.inplace,
             return_stats=self.return_stats,
+            tp_group=self.tp_group,
+            vocab_range=self.vocab_range,
             backend=self.backend,
         )

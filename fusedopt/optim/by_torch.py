@@ -61,7 +61,8 @@ class ByTorch(States):
                     view.values["momentum_buffer"] = buffer
                     self._precision.adopt(view.param, view.state, self._signed(), self._precision.kind(param))
             for param, view in zip(stepped, views, strict=True):
-                view.store(index[param], self._precision.stochastic_rounding)
+                stochastic = self._precision.stochastic_rounding
+                view.store(index[param], stochastic, parts.elements(param) if stochastic else None)
         if self._precision.averages:
             for param in params:
                 with self._parts(param) as (here, state):

@@ -32,7 +32,8 @@ class Checkpoints:
         8-bit states are given as float32, which quantise to the same codes again.
 
         Args:
-            device: where the tensors shall be; they are moved one by one. None: where they are, not copied.
+            device: where the tensors shall be; they are moved one by one, 8-bit states as codes: where they come from
+                nothing more is held. None: where they are, not copied; a tensor more than is returned is held.
         """
         self._refuse_if_swapped("state_dict()")
         exported = self.register_state_dict_post_hook(lambda _, given: self._export(given, device), prepend=True)
@@ -102,12 +103,14 @@ class Checkpoints:
         for i, param, group in zip(ids, params, groups, strict=True):
             if i in state and (self._precision.on or device is not None):
                 state[i] = {
-                    key: value.to(device) if isinstance(value, Tensor) and device is not None else value
-                    for key, value in self._exported(param, state[i], group)
+                    key: value.to(device=device) if isinstance(value, Tensor) else value
+                    for key, value in self._exported(param, state[i], group, device)
                 }
         return {**packed, "state": state}
 
-    def _exported(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _exported(
+        self, param: Tensor, state: dict[str, Any], group: dict[str, Any], device: torch.device | str | None
+    ) -> Iterator[tuple[str, Any]]:
         with self._parts(param) as (here, kept):
             self._precision.drop_stale(here, kept)
         extras = {key: state[key] for key in EXTRAS if key in state}
@@ -116,7 +119,10 @@ class Checkpoints:
             state = self._new_stock_state(param, group)
         for key, value in state.items():
             if f"{key}_scale" in state:
-                yield key, parts.whole(codes.dequantize(parts.part(value), state[f"{key}_scale"]), param)
+                # codes move, a quarter of what they become, which the device then need not hold; a DTensor's part stays
+                to = None if parts.is_shared(param) else device
+                coded, scale = (t.to(device=to) for t in (parts.part(value), state[f"{key}_scale"]))
+                yield key, parts.whole(codes.dequantize(coded, scale), param)
             elif key not in extras and key not in scales:
                 yield key, value
         yield from extras.items()

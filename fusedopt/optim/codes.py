@@ -54,9 +54,12 @@ def _either(part: Tensor, random: Tensor) -> Tensor:
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """float32 values, as the codes lie."""
     signed = codes.dtype == torch.int8
-    u = _blocks(flat(codes).float()) * torch.tensor(1 / (127 if signed else 255), dtype=torch.float32)
-    square = u * u.abs()
-    values = scales[:, None] * (square if signed else square * square)
+    u = _blocks(flat(codes).float()).mul_(torch.tensor(1 / (127 if signed else 255), dtype=torch.float32))
+    values = u.abs().mul_(u)
+    del u  # no more than two at a time: an export of many tensors must not need the room of several
+    if not signed:
+        values.mul_(values)
+    values.mul_(scales[:, None])
     out = torch.empty_like(codes, dtype=torch.float32)
     flat(out).copy_(values.view(-1)[: codes.numel()])
     return out
@@ -77,7 +80,17 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 def random16(seed: int, step: int, parameter: int, tensor: int, n: int, device: torch.device) -> Tensor:
     """(n,) int64: 16 random bits for each element. `tensor`: 0 for the parameter, 1 + k for its state k."""
-    eighth = torch.arange(-(-n // 8), device=device)
+    return _of_eighths(seed, step, parameter, tensor, torch.arange(-(-n // 8), device=device)).view(-1)[:n]
+
+
+def random16_of(seed: int, step: int, parameter: int, tensor: int, elements: Tensor) -> Tensor:
+    """As `random16`, for these (n,) elements only."""
+    bits = _of_eighths(seed, step, parameter, tensor, elements // 8)
+    return bits.gather(1, elements[:, None] % 8)[:, 0]
+
+
+def _of_eighths(seed: int, step: int, parameter: int, tensor: int, eighth: Tensor) -> Tensor:
+    """(len(eighth), 8)"""
     mask = 0xFFFFFFFF
     a, b = eighth & mask, (eighth >> 32 << 2 | tensor) & mask
     c, d = torch.full_like(a, step & mask), torch.full_like(a, parameter & mask)
@@ -87,7 +100,7 @@ def random16(seed: int, step: int, parameter: int, tensor: int, n: int, device: 
         a, b, c, d = y_high ^ b ^ k0, y_low, x_high ^ d ^ k1, x_low
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     words = torch.stack([a, b, c, d], 1)
-    return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:n]
+    return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1, 8)
 
 
 def _product(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:

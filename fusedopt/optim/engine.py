@@ -102,6 +102,14 @@ class FusedStep(ByTorch):
         self._precision = Precision(state_dtype, master_weights, stochastic_rounding, ema_decay, squares)
         self._forget()
         super().__init__(params, *args, **kwargs)
+        for group in self.param_groups:
+            # ZeroRedundancyOptimizer writes its keywords into the groups of which it gives each process a share
+            if misplaced := {"max_norm", "skip_non_finite", "extra_groups"} & group.keys():
+                raise ValueError(
+                    f"a parameter group has {', '.join(sorted(misplaced))}: these are the whole optimizer's, of all "
+                    "parameters in all processes. Under ZeroRedundancyOptimizer: optimizer_class="
+                    f"functools.partial({type(self).__name__}, max_norm=..., extra_groups=[process_group])"
+                )
         self._precision.check_all([p for group in self.param_groups for p in group["params"]])
         if self.defaults.get("differentiable"):
             if self._clip.on:
@@ -148,6 +156,10 @@ class FusedStep(ByTorch):
     def _update(self) -> None:
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         slots = self._gather()
+        for _, param, _ in slots:
+            if parts.is_shared(param) and param in self.state:
+                with self._parts(param):  # placed as the parameter, or an error before anything is sent
+                    pass
         grads = parts.gradients(param for _, param, _ in slots)
         together = self._holders.communicate  # then no process may turn back by what it alone has found
         if together and not self._clip.on and found_inf is not None:
@@ -255,6 +267,10 @@ class FusedStep(ByTorch):
             raise Unfusable("differentiable=True")
         if self.norms and self._holders.number(param):
             raise Unfusable("its norms are sums over processes")
+        if self._precision.stochastic_rounding and parts.is_shared(param):
+            place = parts.place(param)
+            if place is None or (backend is not cpu and place != (0, 1, 1)):
+                raise Unfusable("random bits of a part")
         param = parts.part(param)
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
             raise Unfusable("sparse")
@@ -297,6 +313,8 @@ class FusedStep(ByTorch):
                 slot,
                 state_dict=self.state[param] if has_state else None,
                 holders=self._holders.number(param),
+                index=self._first_index + slot,
+                place=parts.place(param) or (0, 1, 1),
                 fresh=bool(made),
                 on_device=backend is not cpu,
                 **told,

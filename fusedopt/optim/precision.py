@@ -61,13 +61,30 @@ class Precision:
         for param in params:
             rounds = self._rounds_codes or torch.bfloat16 in (param.dtype, self._kind(param.dtype))
             narrow = (torch.float32, torch.bfloat16, torch.float16)
-            for option, wanted, takes in (
-                (f"state_dtype={self.state_dtype!r}", self.state_dtype is not None, param.dtype in narrow),
-                ("master_weights=True", self.master_weights, param.dtype in narrow),
-                ("stochastic_rounding=True", self.stochastic_rounding, rounds or param.dtype == torch.float32),
+            for option, wanted, takes, reason in (
+                (
+                    f"state_dtype={self.state_dtype!r}",
+                    self.state_dtype is not None,
+                    param.dtype in narrow,
+                    "its states stay as wide as it is",
+                ),
+                (
+                    "master_weights=True",
+                    self.master_weights,
+                    param.dtype in narrow,
+                    "a master holds what bfloat16 and float16 weights lack of a float32",
+                ),
+                (
+                    "stochastic_rounding=True",
+                    self.stochastic_rounding,
+                    rounds or param.dtype == torch.float32,
+                    "neither it nor its states are bfloat16",
+                ),
             ):
                 if wanted and not takes:
-                    raise ValueError(f"{option} cannot serve a parameter of {param.dtype}, shape {tuple(param.shape)}")
+                    raise ValueError(
+                        f"{option} cannot serve a parameter of {param.dtype}, shape {tuple(param.shape)}: {reason}"
+                    )
 
     def check_all(self, params: list[Tensor]) -> None:
         """Raise ValueError for an option that does nothing for any parameter of an optimizer."""
@@ -80,7 +97,8 @@ class Precision:
         if self.stochastic_rounding and not (rounded or self._rounds_codes):
             raise ValueError(
                 "stochastic_rounding=True needs bfloat16 parameters without a master, bfloat16 states, or 8-bit states "
-                "that are squares: those of either sign are rounded to the nearest code"
+                "that are squares (those of either sign are rounded to the nearest code); these parameters are "
+                + ", ".join(sorted(map(str, dtypes)))
             )
 
     def _kind(self, dtype: torch.dtype) -> torch.dtype | str:
@@ -189,8 +207,10 @@ class View:
             return codes.dequantize(kept, scale)
         return kept.float() if kept.dtype in (torch.bfloat16, torch.float16) else kept
 
-    def store(self, parameter: int, stochastic: bool) -> None:
-        """`parameter`: its index in the optimizer, which tells its random bits from others'."""
+    def store(self, parameter: int, stochastic: bool, elements: Tensor | None) -> None:
+        """`parameter`: its index in the optimizer, which tells its random bits from others'. `elements`: which of them
+        these are, where not all are here.
+        """
         step = 0
         if stochastic:
             if "rounding_step" in self.state:
@@ -198,7 +218,9 @@ class View:
             step = int(self.state["rounding_step" if "rounding_step" in self.state else "step"])
 
         def random(value: Tensor, tensor: int) -> Tensor:  # by place in memory
-            return codes.random16(SEED, step, parameter, tensor, value.numel(), value.device)
+            if elements is None:
+                return codes.random16(SEED, step, parameter, tensor, value.numel(), value.device)
+            return codes.random16_of(SEED, step, parameter, tensor, elements)
 
         def narrow(value: Tensor, to: Tensor, tensor: int) -> None:
             if stochastic and to.dtype == torch.bfloat16:

@@ -7,35 +7,36 @@ import sys
 from collections.abc import Sequence
 
 from .distributed import World
+from .errors import LostRank, Stop, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: 0, 1 for a non-finite loss, 2 for bad input, 128 + the signal that stopped it."""
+    """Run the command: 0, 1 for a non-finite loss, 2 for bad input, 3 for a lost rank, 128 + a signal."""
     try:
-        from .cli import UsageError, check, make_parser
-        from .run import NonFiniteLoss, run
+        from .cli import check, device_of, make_parser
+        from .run import run
     except ModuleNotFoundError as missing:
         print(f"fusedopt.train needs {missing.name}: pip install 'fusedopt[train]'", file=sys.stderr)
         return 2
 
     parser = make_parser()
     args = parser.parse_args(argv)
-    world = World.from_environment()
+    world = World.from_environment(split=args.parallel == "tp")
     code, complaint = 0, ""
     try:
-        check(args)
-        with world.joined(args.device):
+        with world.joined(device_of(args), args.timeout):
+            with world.agreeing():
+                check(args, world)
             code = run(args, world, command=["fusedopt.train", *(sys.argv[1:] if argv is None else argv)])
-    except UsageError as error:
-        code, complaint = 2, str(error)
-    except NonFiniteLoss as error:
-        code = 1
-        if world.is_main:
-            print(f"fusedopt.train: error: {error}", file=sys.stderr)
+    except Stop as stop:
+        code, complaint = stop.code, str(stop)
     # DDP holds the process group: were it to die with the interpreter, its threads could abort the exit (SIGABRT)
     gc.collect()
-    if complaint and world.is_main:
+    if code == UsageError.code and world.is_main:
         parser.error(complaint)
+    if complaint and (world.is_main or code == LostRank.code):  # rank 0 may be the one that is lost
+        rank = f" on rank {world.rank}" if code == LostRank.code else ""
+        print(f"fusedopt.train: error{rank}: {complaint}", file=sys.stderr)
     return code
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
+from torch import Tensor
+
+from .errors import UsageError
 
 CHECKPOINT = "checkpoint.pt"
+FOLDER = "checkpoint-"  # and the step
+RUN = "run.pt"  # in the folder: all but the tensors
+PARTS = (RUN, ".metadata")  # the latter is torch.distributed.checkpoint's, and its last file
 LOG = "log.jsonl"
+LAYOUT = 2  # of what is in them: raise it when weights of the same name and shape mean something else
 
 
 @contextlib.contextmanager
@@ -28,8 +37,13 @@ def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself is durable only once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename inside of it durable."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -37,27 +51,80 @@ def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def save(out: Path, step: int, essential: dict[str, Any], contenders: dict[str, dict]) -> None:
-    """Replace the checkpoint in ``out``.
+    """Replace the checkpoint in ``out``, of a process alone.
 
     Batches and dropout are functions of (seed, step, rank): the step is the position in the data, and no
     random state need be kept.
     """
     with atomic(out / CHECKPOINT) as file:
-        torch.save({"step": step, "args": essential, "contenders": contenders}, file)
+        torch.save({"layout": LAYOUT, "step": step, "args": essential, "contenders": contenders}, file)
 
 
-def load(out: Path, essential: dict[str, Any], fail: Callable[[str], Exception]) -> dict[str, Any]:
-    """Read the checkpoint in ``out``; raise ``fail(message)`` if an argument that must match does not."""
-    path = out / CHECKPOINT
-    state = torch.load(path, map_location="cpu", weights_only=True)
+def checkpoints(out: Path) -> list[Path]:
+    """All that has the name of one."""
+    numbered = [path for path in out.glob(f"{FOLDER}*") if path.name.removeprefix(FOLDER).isdecimal()]
+    file = out / CHECKPOINT
+    return [
+        *([file] if file.is_file() else []),
+        *sorted(numbered, key=lambda path: int(path.name.removeprefix(FOLDER))),
+    ]
+
+
+def latest(out: Path) -> Path | None:
+    """The last whole checkpoint: a folder that many processes have written, or else the file of a process alone."""
+    whole = [path for path in checkpoints(out) if path.is_file() or all((path / part).is_file() for part in PARTS)]
+    return whole[-1] if whole else None
+
+
+def unfinished(out: Path) -> list[str]:
+    """Names of what a kill cut short, or a copy left out something of: never taken for a checkpoint."""
+    whole = latest(out)
+    return sorted(path.name for pattern in (f"{FOLDER}*", f".{FOLDER}*") for path in out.glob(pattern) if path != whole)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `latest` has found: of a folder all but the tensors of models and optimizers."""
+    try:
+        state = torch.load(path / RUN if path.is_dir() else path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); give a checkpoint that is whole"
+        ) from error
+    if state.get("layout") != LAYOUT:
+        raise UsageError(
+            f"{path}: was written before the weights of attention had the order they have now; start afresh with "
+            "--overwrite or another --out"
+        )
+    return state
+
+
+def compare(path: Path, state: dict[str, Any], essential: dict[str, Any]) -> None:
+    """Raise UsageError if an argument that must match does not."""
     for name, now in essential.items():
         before = state["args"].get(name)
         if before != now:
-            raise fail(
+            raise UsageError(
                 f"--resume: {name} was {before} when {path} was written, and is {now} now; "
                 f"give {before} again, or start afresh with --overwrite or another --out"
             )
-    return state
+
+
+def weights(path: Path, state: dict[str, Any], contender: str) -> dict[str, Tensor]:
+    """A contender's trained model, its state_dict, whole."""
+    if path.is_dir():
+        from . import sharded  # torch.distributed's parts take a second to import
+
+        return sharded.weights(path, contender)
+    return state["contenders"][contender]["model"]
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, at once as far as `latest` can see."""
+    if path.is_dir():
+        doomed = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.old.tmp"))
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def truncate_log(out: Path, step: int) -> None:

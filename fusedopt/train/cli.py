@@ -10,28 +10,44 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import CHECKPOINT
+from . import checkpoint
+from .distributed import World
+from .errors import UsageError
 
-# lr: the default, tried on the default model and data. momentum: whether the optimizer has it
+# lr: the default, tried on the default model and data. momentum: whether the optimizer has it. squares: whether a state
+# is one. weight_decay: the default, where it is not the optimizer's own
 OPTIMIZERS: dict[str, dict] = {
-    "adam": {"name": "Adam", "lr": 1e-3, "momentum": False},
-    "adamw": {"name": "AdamW", "lr": 1e-3, "momentum": False},
-    "rmsprop": {"name": "RMSprop", "lr": 1e-3, "momentum": True},
-    "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False},
-    "sgd": {"name": "SGD", "lr": 0.3, "momentum": True},
-    "lion": {"name": "Lion", "lr": 2e-4, "momentum": False},
+    "adam": {"name": "Adam", "lr": 1e-3, "momentum": False, "squares": True},
+    "adamw": {"name": "AdamW", "lr": 1e-3, "momentum": False, "squares": True},
+    "rmsprop": {"name": "RMSprop", "lr": 1e-3, "momentum": True, "squares": True},
+    "adagrad": {"name": "Adagrad", "lr": 1e-2, "momentum": False, "squares": True},
+    "sgd": {"name": "SGD", "lr": 0.3, "momentum": True, "squares": False},
+    "lion": {"name": "Lion", "lr": 2e-4, "momentum": False, "squares": False},
+    # without a decay, LAMB's trust ratio is 1 and it is Adam
+    "lamb": {"name": "LAMB", "lr": 2e-2, "momentum": False, "squares": True, "weight_decay": 0.01},
 }
 FINE_TUNE_LR = 0.1  # --init-from: the default rate is this share of the one above
 SCHEDULES = ("constant", "exponential", "step", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
+# --state and --weights as fusedopt's options; all weights but the first are bfloat16 parameters
+STATES: dict[str, dict] = {
+    "f32": {"state_dtype": torch.float32},
+    "bf16": {"state_dtype": torch.bfloat16},
+    "8bit": {"state_dtype": "8bit"},
+    "8bit-stochastic": {"state_dtype": "8bit", "stochastic_rounding": True},
+}
+WEIGHTS: dict[str, dict] = {
+    "f32": {},
+    "bf16": {},
+    "bf16-master": {"master_weights": True},
+    "bf16-stochastic": {"stochastic_rounding": True},
+}
+PARALLEL = ("ddp", "zero1", "fsdp", "tp")
+ALONE = World()
 BYTES_VOCAB = 256
 SMALLEST_BPE = BYTES_VOCAB + 1  # all bytes and the end of a text
 # the vocabulary is 64 times the width: GPT-2 small has 65, Llama 3.2 1B 63, Qwen2.5 0.5B 170
 MODEL_DEFAULTS = {"layers": 4, "dim": 128, "heads": 4}
-
-
-class UsageError(Exception):
-    """Bad input: what was given, what was expected, how to mend it. Becomes exit code 2."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusedopt.train",
         description="Train a small language model with fusedopt, or --compare it with stock PyTorch. "
-        "Under torchrun the same command trains with DistributedDataParallel.",
+        "Under torchrun the same command trains on many processes.",
     )
     add = parser.add_argument_group("data").add_argument
     add(
@@ -72,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         + ", ".join(f"{name} {row['lr']:g}" for name, row in OPTIMIZERS.items())
         + "; a tenth with --init-from",
     )
-    add("--weight-decay", type=float, help="of the matrices; vectors have none (default: the optimizer's)")
+    add("--weight-decay", type=float, help="of the matrices; vectors have none (default: the optimizer's; lamb 0.01)")
     add("--momentum", type=float, help="of sgd and rmsprop (default: 0)")
     add(
         "--schedule",
@@ -91,6 +107,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
     add("--max-norm", type=float, default=1.0, help="clip the gradient's total norm; 0 does not (default: %(default)s)")
+    add("--ema", type=float, metavar="DECAY", help="keep an average of the weights, and validate it too; 0.999, say")
+    add(
+        "--state",
+        choices=STATES,
+        help="of the optimizer: how it is kept; 8bit-stochastic rounds the codes of squares at random (default: f32; "
+        "--stock: as the weights are)",
+    )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        default="f32",
+        help="bf16: parameters and computation; -master keeps what bfloat16 lacks of a float32, -stochastic rounds at "
+        "random (default: %(default)s)",
+    )
 
     add = parser.add_argument_group("what runs").add_argument
     which = parser.add_mutually_exclusive_group()
@@ -128,10 +158,25 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=DTYPES,
-        default="float32",
-        help="of the computation: autocast, and a gradient scaler for float16; weights stay float32",
+        help="of the computation: autocast, and a gradient scaler for float16; weights stay float32 "
+        "(default: float32, or bfloat16 where --weights are)",
     )
     add("--compile", action="store_true", help="torch.compile the model")
+
+    add = parser.add_argument_group("under torchrun").add_argument
+    add(
+        "--parallel",
+        choices=PARALLEL,
+        help="ddp: everything on every process; zero1: optimizer states in shards; fsdp: weights and gradients too; "
+        "tp: every tensor of a gpt's blocks and head split over all processes (default: ddp)",
+    )
+    add(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="after which a process that keeps the others waiting is given up, and the run ends (default: %(default)g)",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="default: runs/<model>-<optimizer>[-stock|-compare]")
@@ -143,7 +188,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def seconds(text: str) -> float:
+    """A positive number, which is needed before the processes can agree on a complaint."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError
+    return value
+
+
+def check(args: argparse.Namespace, world: World = ALONE) -> None:
     """Resolve the defaults that depend on other arguments; raise UsageError for what cannot work."""
     for name in (
         "layers",
@@ -175,6 +228,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup {args.warmup}: expected fewer than --steps {args.steps}")
 
     _check_optimizer(args)
+    _check_precision(args)
     _check_teacher(args)
     if args.init_from is None:
         _check_model(args)
@@ -183,11 +237,16 @@ def check(args: argparse.Namespace) -> None:
     for path in args.data or ():
         if not Path(path).exists():
             raise UsageError(f"--data {path}: no such file or folder")
+    _check_parallel(args, world)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = device_of(args)
     _check_out(args)
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """Where to train: on CUDA if that is there, unless told otherwise."""
+    return "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def flag(name: str) -> str:
@@ -197,9 +256,9 @@ def flag(name: str) -> str:
 
 def _check_optimizer(args: argparse.Namespace) -> None:
     row = OPTIMIZERS[args.optimizer]
-    if args.optimizer == "lion" and (args.stock or args.compare):
+    if not hasattr(torch.optim, row["name"]) and (args.stock or args.compare):
         raise UsageError(
-            f"--optimizer lion: torch.optim has no Lion, so there is nothing stock to run; "
+            f"--optimizer {args.optimizer}: torch.optim has no {row['name']}, so there is nothing stock to run; "
             f"leave out --{'stock' if args.stock else 'compare'} or choose another optimizer"
         )
     if args.momentum is not None and not row["momentum"]:
@@ -220,15 +279,73 @@ def _check_optimizer(args: argparse.Namespace) -> None:
         raise UsageError("--loss logits: a teacher's loss takes the head in; leave it out, or --distill")
     if args.loss is None:
         args.loss = "logits" if args.inplace_loss or args.stock else "linear"
+    if args.weight_decay is None:
+        args.weight_decay = row.get("weight_decay")
     if args.lr is None:
         args.lr = row["lr"] * (FINE_TUNE_LR if args.init_from else 1)
+
+
+def _check_precision(args: argparse.Namespace) -> None:
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise UsageError(f"--ema {args.ema}: expected a decay from 0 to less than 1, such as 0.999")
+    as_weights = "f32" if args.weights == "f32" else "bf16"
+    if args.stock and args.weights not in ("f32", "bf16"):
+        raise UsageError(
+            f"--weights {args.weights}: torch's optimizers keep no master and round to nearest; leave out --stock, or "
+            "use --weights f32 or bf16"
+        )
+    if args.stock and args.state not in (None, as_weights):
+        raise UsageError(
+            f"--state {args.state}: torch's optimizers keep states as the weights are, here {as_weights}; leave out "
+            "--stock or --state"
+        )
+    if args.state == "8bit-stochastic" and not OPTIMIZERS[args.optimizer]["squares"]:
+        raise UsageError(
+            f"--state {args.state}: {args.optimizer} keeps no squares to round at random; use --state 8bit"
+        )
+    if args.state in ("bf16", "8bit") and args.optimizer == "sgd" and not args.momentum:
+        raise UsageError(f"--state {args.state}: sgd without momentum keeps no state; give --momentum, or leave it out")
+    if args.state is None:
+        args.state = as_weights if args.stock else "f32"
+    if args.dtype is None:
+        args.dtype = "float32" if args.weights == "f32" else "bfloat16"
+    elif args.weights != "f32" and args.dtype != "bfloat16":
+        raise UsageError(
+            f"--dtype {args.dtype}: with --weights {args.weights} the model computes in bfloat16; leave out --dtype, "
+            "or use --weights f32"
+        )
+
+
+def _check_parallel(args: argparse.Namespace, world: World) -> None:
+    if not world.launched:
+        if args.parallel is not None:
+            raise UsageError(
+                f"--parallel {args.parallel}: spreads a run over processes; start them with torchrun "
+                "--nproc-per-node=N -m fusedopt.train, or leave it out"
+            )
+        return
+    args.parallel = args.parallel or "ddp"
+    if args.parallel != "tp":
+        return
+    if args.model != "gpt":
+        raise UsageError(f"--parallel tp: splits a gpt, and the model is {args.model}; use ddp, zero1 or fsdp")
+    if args.heads % world.size:
+        raise UsageError(
+            f"--parallel tp: {world.size} processes cannot share --heads {args.heads} evenly; "
+            "start as many processes as divide it, or change --heads"
+        )
+    if args.distill:
+        raise UsageError("--parallel tp: --distill reads a whole head; use ddp, zero1 or fsdp")
 
 
 def _check_teacher(args: argparse.Namespace) -> None:
     if args.distill is None:
         return
-    if not (Path(args.distill) / CHECKPOINT).is_file():
-        raise UsageError(f"--distill {args.distill}: no {CHECKPOINT} there; expected the --out of an earlier run")
+    if checkpoint.latest(Path(args.distill)) is None:
+        raise UsageError(
+            f"--distill {args.distill}: no {checkpoint.CHECKPOINT} there, and no whole {checkpoint.FOLDER}<step>; "
+            "expected the --out of an earlier run"
+        )
     if args.init_from is not None:
         raise UsageError("--distill: a teacher of this loop and --init-from have different vocabularies")
     if not (math.isfinite(args.distill_temperature) and args.distill_temperature > 0):
@@ -294,9 +411,14 @@ def _check_out(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {out}: is the teacher's folder, which the run would overwrite; choose another --out")
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite: choose one")
-    exists = (out / CHECKPOINT).is_file()
+    exists = checkpoint.latest(out) is not None
     if args.resume and not exists:
-        raise UsageError(f"--resume: no {CHECKPOINT} in {out}; leave out --resume to start there")
+        partial = ", ".join(checkpoint.unfinished(out))
+        raise UsageError(
+            f"--resume: no {checkpoint.CHECKPOINT} in {out}, and no whole {checkpoint.FOLDER}<step>"
+            + (f" ({partial}: unfinished)" if partial else "")
+            + "; leave out --resume to start there"
+        )
     if exists and not (args.resume or args.overwrite):
         raise UsageError(
             f"--out {out}: holds the checkpoint of an earlier run; continue it with --resume, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sysconfig
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from .checkpoint import atomic
-from .cli import UsageError
+from .errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 VALIDATION_SHARE = 20  # one in so many
@@ -174,17 +175,21 @@ def train_batches(args: argparse.Namespace, corpus: Corpus, step: int, rank: int
     """The ``--accumulate`` micro-batches of one step on one rank.
 
     A function of (seed, step, rank) alone, so a resumed run needs no state. The sequences of a step are drawn
-    together and dealt out: N ranks with batch B see what one process with batch N * B sees.
+    together and dealt out: N ranks with batch B see what one process with batch N * B sees, or with N micro-batches.
     """
     shape = (args.accumulate, world_size, args.batch_size)
     starts = np.random.default_rng((args.seed, step)).integers(len(corpus.train) - args.seq_len, size=shape)
     return [windows(corpus.train, starts[micro, rank], args.seq_len) for micro in range(args.accumulate)]
 
 
-def validation_batches(args: argparse.Namespace, corpus: Corpus) -> list[Batch]:
-    """``--eval-batches`` batches whose sequences are spread evenly over the validation text."""
-    starts = np.linspace(0, len(corpus.validation) - args.seq_len - 1, args.eval_batches * args.batch_size).astype(int)
-    return [windows(corpus.validation, rows, args.seq_len) for rows in starts.reshape(args.eval_batches, -1)]
+def validation_batches(args: argparse.Namespace, corpus: Corpus, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    """One rank's share of ``--eval-batches`` times as many sequences as a step has, spread evenly over the text.
+
+    As many for every rank: under FSDP all take part in each other's forward.
+    """
+    shape = (args.eval_batches * args.accumulate, world_size, args.batch_size)
+    starts = np.linspace(0, len(corpus.validation) - args.seq_len - 1, math.prod(shape)).astype(int).reshape(shape)
+    return [windows(corpus.validation, rows[rank], args.seq_len) for rows in starts]
 
 
 def windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Batch:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fusedopt import optim as fused_optim
 
 from .cli import OPTIMIZERS
 from .data import Batch
 from .distributed import World
-from .losses import Trunk, fused_loss, load_teacher, stock_loss
+from .losses import fused_loss, load_teacher, stock_loss
 from .models import build
+from .parallel import wrap
+from .precision import fused_options, weight_dtype
 
 STOCK, FUSED = "stock", "fused"
 PHASES = ("model", "loss", "optimizer")  # together they are the whole step
@@ -74,25 +77,28 @@ class Contender:
     def __init__(self, name: str, args: argparse.Namespace, world: World, vocabulary: str = ""):
         self.name, self.args, self.world = name, args, world
         self.device = world.device(args.device)
-        self.model = build(args).to(self.device)
-        self.teacher = load_teacher(args, vocabulary).to(self.device) if args.distill else None
-        self.parallel = Trunk(self.model)
-        if args.compile:
-            self.parallel.compile()
-        if world.launched:
-            self.parallel = DistributedDataParallel(
-                self.parallel, device_ids=[self.device.index] if self.device.type == "cuda" else None
-            )
+        with world.agreeing():  # they may be read from files
+            model = build(args).to(weight_dtype(args))
+            teacher = load_teacher(args, vocabulary).to(self.device, weight_dtype(args)) if args.distill else None
+        self.model, self.teacher = model, teacher
+        self.parallel = wrap(self.model, args, world)
         optimizer_class, loss = ends(name, args)
-        self.loss = loss(self.model, self.teacher, args)
-        # fusedopt clips within the step, stock before it
-        self.clips = {"max_norm": args.max_norm} if name == FUSED and args.max_norm else {}
-        self.optimizer = make_optimizer(optimizer_class, self.model, args, **self.clips)
+        self.loss = self.parallel.loss(loss(self.model, self.teacher, args))
+        # fusedopt clips and averages within the step, stock before and after it
+        options = fused_options(args) if name == FUSED else {}
+        self.optimizer = make_optimizer(
+            functools.partial(self.parallel.optimizer, optimizer_class), self.model, args, **options
+        )
+        self.average = None
+        if name == STOCK and args.ema is not None:
+            self.average = AveragedModel(self.parameters(), multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        self.parts = ("model", "optimizer", "scheduler", "scaler") + ("average",) * (self.average is not None)
         self.scheduler = make_scheduler(self.optimizer, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "float16")
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, getattr(torch, self.args.dtype), enabled=self.args.dtype != "float32")
+        mixed = self.args.dtype != "float32" and self.args.weights == "f32"
+        return torch.autocast(self.device.type, getattr(torch, self.args.dtype), enabled=mixed)
 
     def step(self, batches: list[Batch], number: int) -> StepResult:
         """One optimizer step over the micro-batches.
@@ -100,20 +106,19 @@ class Contender:
         The phases partition the step. The loss is that of head and loss, forward, and backward up to the moment
         when the gradient of the hidden states is ready, which a hook on them tells: the graph is the one that a
         user's loop builds, with no detached leaf and no copy. A teacher belongs to the model, its head to the loss.
-        The optimizer is unscaling, clipping, the update, the schedule, and clearing the gradients.
+        The optimizer is unscaling, clipping, the update, the average, the schedule, and clearing the gradients.
         """
         # dropout is the same for both contenders, and after a resume
-        entropy = np.random.SeedSequence((self.args.seed, number, self.world.rank))
+        entropy = np.random.SeedSequence((self.args.seed, number, self.world.data_rank))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
         batches = [(tokens.to(self.device), targets.to(self.device)) for tokens, targets in batches]
         self.model.train()
         total = torch.zeros((), device=self.device)
         clock = PhaseClock(self.device)
         for index, (tokens, targets) in enumerate(batches, start=1):
-            waits = self.world.launched and index < len(batches)  # gradients are reduced after the last one
-            with self.parallel.no_sync() if waits else contextlib.nullcontext():
+            with self.parallel.accumulating(more=index < len(batches)):
                 with self.autocast():
-                    hidden = self.parallel(tokens).flatten(0, 1)  # (B * T, H)
+                    hidden = self.parallel.module(tokens).flatten(0, 1)  # (B * T, H)
                     taught = self.taught(tokens)
                     clock.mark("model")
                     hidden.register_hook(lambda _: clock.mark("loss"))
@@ -123,11 +128,13 @@ class Contender:
                 clock.mark("model")
 
         lr = self.optimizer.param_groups[0]["lr"]
-        if self.args.max_norm and not self.clips:
+        if self.args.max_norm and self.name == STOCK:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.parameters())
         self.optimizer.zero_grad()
         with warnings.catch_warnings():  # a step that the scaler skips is no mistake in the order of calls
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)`")
@@ -140,22 +147,51 @@ class Contender:
     def taught(self, tokens: Tensor) -> Tensor | None:  # (B * T, Ht)
         return None if self.teacher is None else self.teacher.hidden(tokens).flatten(0, 1)
 
+    def parameters(self) -> nn.ParameterList:
+        """The model's, as modules of torch take them: this rank's part of each where they are in parts."""
+        return nn.ParameterList(self.model.parameters())
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the model's place."""
+        if self.average is None:
+            with self.parallel.averaged(self.optimizer):
+                yield
+            return
+        own = [parameter.detach().clone() for parameter in self.parameters()]
+        self._set_weights(self.average.parameters())
+        yield
+        self._set_weights(own)
+
+    @torch.no_grad()
+    def _set_weights(self, values: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+    def validate(self, batches: list[Batch]) -> dict[str, float]:
+        """``val_loss``, and with ``--ema`` ``val_loss_ema``: that of the averaged weights."""
+        losses = {"val_loss": self.evaluate(batches)}
+        if self.args.ema is not None:
+            with self.averaged():
+                losses["val_loss_ema"] = self.evaluate(batches)
+        return losses
+
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
-        """Mean validation loss, by torch's cross entropy in float32 whatever the contender."""
+        """Mean validation loss over all ranks' batches, by torch's cross entropy in float32 whatever the contender."""
         self.model.eval()
         total = 0.0
-        for tokens, targets in batches[self.world.rank :: self.world.size]:
+        for tokens, targets in batches:
             with self.autocast():
-                logits = self.model(tokens.to(self.device))
+                logits = self.parallel.logits(tokens.to(self.device))
             total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(self.device)).item()
-        return self.world.mean([total * self.world.size / len(batches)], self.device)[0]
+        return self.world.mean([total / len(batches)], self.device)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        return {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scheduler", "scaler")}
+        return {part: getattr(self, part).state_dict() for part in self.parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part in ("model", "optimizer", "scheduler", "scaler"):
+        for part in self.parts:
             getattr(self, part).load_state_dict(state[part])
 
 
@@ -168,7 +204,7 @@ def ends(name: str, args: argparse.Namespace) -> tuple[type[torch.optim.Optimize
 
 
 def make_optimizer(
-    optimizer_class: type[torch.optim.Optimizer], model: nn.Module, args: argparse.Namespace, **options: Any
+    optimizer_class: Callable[..., torch.optim.Optimizer], model: nn.Module, args: argparse.Namespace, **options: Any
 ) -> torch.optim.Optimizer:
     """Matrices decay, vectors (norms, biases) do not; what the command line leaves out is torch's default."""
     given = {name: getattr(args, name) for name in ("weight_decay", "momentum") if getattr(args, name) is not None}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fusedopt.nn import CrossEntropyLoss
 from fusedopt.nn.functional import linear_cross_entropy, linear_distillation
 
-from .checkpoint import CHECKPOINT
-from .cli import BYTES_VOCAB, UsageError
+from . import checkpoint
+from .cli import BYTES_VOCAB
+from .errors import UsageError
 from .models import build
 
 # (hidden states (N, H), next tokens (N,), the teacher's hidden states (N, Ht) or None) -> scalar
@@ -91,8 +92,8 @@ def load_teacher(args: argparse.Namespace, vocabulary: str) -> nn.Module:
     Raises:
         UsageError: it knows other tokens, or shorter sequences.
     """
-    path = Path(args.distill) / CHECKPOINT
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    path = checkpoint.latest(Path(args.distill))
+    state = checkpoint.read(path)
     known = {name.removeprefix("--").replace("-", "_"): value for name, value in state["args"].items()}
     if known["model"] == "pretrained":
         raise UsageError(f"--distill {args.distill}: is a fine-tuned model; a teacher is a gpt or lstm of this loop")
@@ -107,6 +108,6 @@ def load_teacher(args: argparse.Namespace, vocabulary: str) -> nn.Module:
             f"--seq-len {args.seq_len}: the teacher in {args.distill} knows only {known['seq_len']} positions"
         )
     teacher = build(argparse.Namespace(**known))
-    contenders = state["contenders"]
-    teacher.load_state_dict(contenders.get("fused", next(iter(contenders.values())))["model"])
+    names = list(state["contenders"])
+    teacher.load_state_dict(checkpoint.weights(path, state, "fused" if "fused" in names else names[0]))
     return teacher.requires_grad_(False).eval()

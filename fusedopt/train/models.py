@@ -18,13 +18,16 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, dim)
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        # heads outermost: a tensor-parallel rank has rows of qkv next to each other, and so its heads' q, k and v
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (-1, 3, self.head_dim)).permute(3, 0, 2, 1, 4)
+        )  # (B, heads, T, d)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
@@ -69,7 +72,7 @@ class GPT(LanguageModel):
                 nn.init.zeros_(parameter)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -85,7 +88,7 @@ class LSTM(LanguageModel):
         self.head = nn.Linear(dim, vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        return self.lstm(self.tokens(tokens))[0]
+        return self.lstm(self.tokens(tokens))[0].contiguous()  # not a view, of which FSDP warns
 
 
 class Pretrained(LanguageModel):

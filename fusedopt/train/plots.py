@@ -55,6 +55,7 @@ def loss(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     names = list(dict.fromkeys(row["contender"] for row in rows))
     train = {name: series(rows, name, "loss") for name in names}
     validation = {name: series(rows, name, "val_loss") for name in names}
+    averaged = {name: series(rows, name, "val_loss_ema") for name in names if any("val_loss_ema" in r for r in rows)}
     two = len(names) > 1
     fig, axes = figure((3, 2) if two else (1,), figsize=(8, 7 if two else 4.5))
     top = axes[0, 0]
@@ -72,6 +73,9 @@ def loss(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         label = f"{name}, validation"
         look |= {"linestyle": "none", "markeredgewidth": 2, "zorder": 3}
         top.plot(*validation[name], color=COLOURS[name], label=label, **look)
+        if name in averaged:
+            look |= {"marker": "^", "markersize": 15} if under else {"marker": "+"}
+            top.plot(*averaged[name], color=COLOURS[name], label=f"{name}, validation of the average", **look)
     top.set_ylabel("cross entropy (nats per token)")
     top.legend()
     top.grid(alpha=0.3)
@@ -84,6 +88,10 @@ def loss(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         steps, stock = validation[STOCK]
         points = {"linestyle": "none", "marker": "x", "markeredgewidth": 2, "color": COLOURS[FUSED]}
         bottom.plot(steps, validation[FUSED][1] - stock, label="validation", **points)
+        if averaged:
+            points |= {"marker": "^", "markerfacecolor": "none"}
+            steps, stock = averaged[STOCK]
+            bottom.plot(steps, averaged[FUSED][1] - stock, label="validation of the average", **points)
         bottom.set_ylabel("fused - stock (nats per token)")
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         bottom.legend()

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import textwrap
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -21,9 +22,11 @@ from . import plots
 from .checkpoint import atomic, read_log
 from .distributed import World
 from .loop import FUSED, PHASES, STOCK
+from .precision import stock_falls_short
 
 SUMMARY = "summary.json"
 FILES = (SUMMARY, plots.LOSS, plots.TIMING)
+VALIDATION = {"val_loss": "validation loss", "val_loss_ema": "of the average"}
 LABELS = {"loss": "head and loss", "optimizer": "optimizer", "model": "model", "step": "whole step"}
 
 
@@ -32,6 +35,7 @@ def write(
     args: argparse.Namespace,
     world: World,
     memory: dict[str, float | None],
+    held: dict[str, dict[str, float]],
     parameters: int,
     command: list[str],
     seconds: float,
@@ -39,12 +43,13 @@ def write(
     """Print the table; write ``summary.json`` and the plots."""
     rows = read_log(out)
     figures = {
-        name: figures_of([row for row in rows if row["contender"] == name], memory.get(name))
+        name: figures_of([row for row in rows if row["contender"] == name], memory.get(name), held[name])
         for name in dict.fromkeys(row["contender"] for row in rows)
     }
     summary = {
         "contenders": figures,
         **comparison(figures),
+        "stock_falls_short": stock_falls_short(args) if args.compare else "",
         "parameters": parameters,
         "args": vars(args),
         "seconds": round(seconds, 1),
@@ -54,11 +59,12 @@ def write(
     }
     with atomic(out / SUMMARY, "w") as file:
         json.dump(summary, file, indent=2)
-    tokens = args.accumulate * world.size * args.batch_size * args.seq_len
+    tokens = rows[-1]["tokens"]
     title = (
         f"{args.model}, {parameters / 1e6:.2f} M parameters, vocabulary {args.vocab_size:,}, "
-        f"{args.optimizer}, {args.dtype}, {tokens:,} tokens per step"
+        f"{args.optimizer}, {precision(args)}, {tokens:,} tokens per step"
     )
+    title = textwrap.fill(title, 100, break_on_hyphens=False)  # as wide as the plots
     plots.loss(out / plots.LOSS, rows, title)
     plots.timing(out / plots.TIMING, figures, title + "\n" + summary["machine"]["line"])
     console = Console(highlight=False)
@@ -67,8 +73,14 @@ def write(
         console.print(line, markup=False, soft_wrap=True)
 
 
-def figures_of(rows: list[dict[str, Any]], memory: float | None) -> dict[str, Any]:
-    """One contender: milliseconds per phase with quartiles, tokens per second, last validation loss."""
+def precision(args: argparse.Namespace) -> str:
+    """Of the computation, and of weights and states where they are not float32."""
+    kept = {"weights": args.weights, "states": args.state}
+    return ", ".join([args.dtype, *(f"{what} {how}" for what, how in kept.items() if how != "f32")])
+
+
+def figures_of(rows: list[dict[str, Any]], memory: float | None, held: dict[str, float]) -> dict[str, Any]:
+    """One contender: milliseconds per phase with quartiles, tokens per second, last validation loss, bytes held."""
     steps = [row for row in rows if row["step"]]
     ms = {}
     for phase in (*PHASES, "step"):
@@ -79,7 +91,8 @@ def figures_of(rows: list[dict[str, Any]], memory: float | None) -> dict[str, An
         "ms": ms,
         "tokens_per_second": steps[-1]["tokens"] / ms["step"]["median"] * 1e3,
         "peak_mib": memory,
-        "val_loss": next(row["val_loss"] for row in reversed(rows) if "val_loss" in row),
+        "bytes_per_parameter": held,
+        **{key: row[key] for row in rows for key in VALIDATION if key in row},  # the last row's stay
         "steps": len(steps),
     }
 
@@ -95,7 +108,7 @@ def comparison(figures: dict[str, Any]) -> dict[str, Any]:
         ratio["peak_mib"] = stock["peak_mib"] / fused["peak_mib"]
     return {
         "stock_over_fused": ratio,
-        "val_loss_fused_minus_stock": fused["val_loss"] - stock["val_loss"],
+        **{f"{key}_fused_minus_stock": fused[key] - stock[key] for key in VALIDATION if key in fused},
         "share_of_stock_step": {phase: median[STOCK][phase] / median[STOCK]["step"] for phase in PHASES},
     }
 
@@ -105,7 +118,7 @@ def table(figures: dict[str, Any], summary: dict[str, Any]) -> Table:
     ratio = summary.get("stock_over_fused", {})
     title = "per step: median (quartiles); loss (with the head) and model are forward + backward"
     result = Table(title=title, title_justify="left")
-    result.add_column("")
+    result.add_column("", no_wrap=True)
     for name in figures:
         result.add_column(name, justify="right")
     if ratio:
@@ -125,7 +138,13 @@ def table(figures: dict[str, Any], summary: dict[str, Any]) -> Table:
     if ratio:
         peaks = [figure["peak_mib"] for figure in figures.values()]
         add("peak memory, MiB", ["not measured" if peak is None else f"{peak:.0f}" for peak in peaks], "peak_mib")
-    add("validation loss", [f"{figure['val_loss']:.5f}" for figure in figures.values()])
+    held = [figure["bytes_per_parameter"] for figure in figures.values()]
+    for part in held[0]:
+        if any(each[part] for each in held):
+            add(f"{part}, bytes/param", [f"{each[part]:.2f}" for each in held])
+    for key, label in VALIDATION.items():
+        if all(key in figure for figure in figures.values()):
+            add(label, [f"{figure[key]:.5f}" for figure in figures.values()])
     return result
 
 
@@ -138,6 +157,8 @@ def notes(summary: dict[str, Any], out: Path) -> list[str]:
     """What a reader of the table must know."""
     lines = [summary["machine"]["line"]]
     share = summary.get("share_of_stock_step")
+    if summary["stock_falls_short"]:
+        lines.append(f"Not quite the same work: {summary['stock_falls_short']}.")
     if share:
         lines.append(
             f"Final validation loss, fused less stock: {summary['val_loss_fused_minus_stock']:+.2e} nats per token"
@@ -157,12 +178,13 @@ def machine(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Device, cores, threads and processes, and the same as a line."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     threads = torch.get_num_threads()
+    ways = f" ({args.parallel})" if world.launched else ""
     return {
         "device": device,
         "cores": os.cpu_count(),
         "threads": threads,
         "processes": world.size,
-        "line": f"{device}, {threads} thread(s), {world.size} process(es), torch {torch.__version__}",
+        "line": f"{device}, {threads} thread(s), {world.size} process(es){ways}, torch {torch.__version__}",
     }
 
 

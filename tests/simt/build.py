@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -114,14 +115,16 @@ def _write_ninja() -> None:
         linked(f"{kind}/_native.so", [*host, *kernels, *harness], ["-shared", *flags])
         linked(f"{kind}/selftest", [tests, *harness], list(flags))
     lines.append("")
-    FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "build.ninja").write_text("\n".join(lines))
 
 
 def build(kind: str, what: str) -> Path:
     """Make "_native.so", the simulated fusedopt._native, or "selftest"; returns its path."""
-    _write_ninja()
-    native.run_ninja(FOLDER, f"{kind}/{what}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes, and ninja suffers one to a folder
+        _write_ninja()
+        native.run_ninja(FOLDER, f"{kind}/{what}")
     return FOLDER / kind / what
 
 
