@@ -111,6 +111,8 @@ def shared_folder():
 
 
 def whole(tensor):
+    if tensor.dtype == torch.int16:  # gloo does not send it
+        tensor = tensor.to(torch.int32)
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -126,8 +128,11 @@ def compare(a, by_a, b, by_b, exact):
             assert x.dtype == y.dtype
             if exact:
                 assert torch.equal(x, y), (key, (x.double() - y.double()).abs().max())
-            else:
-                torch.testing.assert_close(x.double(), y.double(), rtol=0.02, atol=0.02)
+            elif (
+                key != "master"
+            ):  # other codes, of blocks that begin elsewhere: a state off by a unit, an update by less
+                atol = 0.02 + 4 / 127 * float(y.abs().max())
+                torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -247,7 +252,8 @@ def test_dummy_first_step(case, mode):
         theirs = get_optimizer_state_dict(stock, getattr(torch.optim, case)(stock.parameters(), **keywords))["state"]
         for name, values in theirs.items():
             assert values.keys() <= state[name].keys()
-            assert float(state[name]["step"]) == float(values["step"]) == 1
+            # Adagrad has a state from the beginning: no such step
+            assert float(state[name]["step"]) == float(values["step"]) == (case == "AdamW")
             for key, value in values.items():
                 assert torch.equal(
                     here(torch.as_tensor(value)).float(), here(torch.as_tensor(state[name][key])).float()

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-WAIT = 120  # seconds for what takes a few
+WAIT = 250  # seconds for what takes a few, on a machine that has more to do
 
 
 @contextlib.contextmanager
