@@ -135,7 +135,13 @@ def compare(a, by_a, b, by_b, exact):
                 torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        m if m in ("8bit", "ema-clip", "master-ema", "stochastic") else pytest.param(m, marks=pytest.mark.thorough)
+        for m in MODES
+    ],
+)
 @pytest.mark.parametrize(
     "case", ["AdamW", *(pytest.param(c, marks=pytest.mark.thorough) for c in CASES if c != "AdamW")]
 )
@@ -172,7 +178,9 @@ def test_saved_by_two_loaded_by_any(case, mode):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("mode", ["plain", "8bit", "master-ema"])
+@pytest.mark.parametrize(
+    "mode", ["plain", *(pytest.param(m, marks=pytest.mark.thorough) for m in ("8bit", "master-ema"))]
+)
 def test_between_wrappers_and_stock(mode):
     """What FSDP2 saved continues under DDP and in torch.optim, and what those saved under FSDP2."""
     dtype, options = MODES[mode]
