@@ -293,7 +293,7 @@ PYBIND11_MODULE(_native, m) {
           "bind",
           [](Table& t, int64_t i, py::handle param, py::handle grad, py::handle state_dict, py::handle states,
              py::handle scales, py::handle master, py::handle ema, py::handle step, py::handle owners, py::handle spec,
-             py::handle grad_spec, int32_t holders, int64_t index, const std::array<int64_t, 3>& place, bool fresh,
+             py::handle grad_spec, int32_t holders, int64_t index, const std::array<int64_t, 3>& origin, bool fresh,
              bool lasting, bool on_device) {
             checked([&] {
               t.bind(i, {param.ptr(),
@@ -309,7 +309,7 @@ PYBIND11_MODULE(_native, m) {
                          grad_spec.ptr(),
                          holders,
                          index,
-                         {place[0], place[1], place[2]},
+                         {origin[0], origin[1], origin[2]},
                          fresh,
                          lasting,
                          on_device});
@@ -319,7 +319,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("slot"), py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("state_dict"), py::arg("states"),
           py::arg("scales") = py::tuple(), py::arg("master") = py::none(), py::arg("ema") = py::none(), py::arg("step"),
           py::arg("owners"), py::arg("spec") = py::none(), py::arg("grad_spec") = py::none(), py::arg("holders") = 0,
-          py::arg("index"), py::arg("place") = std::array<int64_t, 3>{0, 1, 1}, py::arg("fresh"), py::arg("lasting"),
+          py::arg("index"), py::arg("origin") = std::array<int64_t, 3>{0, 1, 1}, py::arg("fresh"), py::arg("lasting"),
           py::arg("on_device") = false)
       .def(
           "slot",

@@ -291,7 +291,7 @@ void Table::bind(int64_t i, const Binding& b) {
   slot.grad = idle ? nullptr : address(g);
   slot.idle = idle;
   slot.extras = extras;
-  slot.place = b.place;
+  slot.origin = b.origin;
   std::copy(pointers, pointers + kMaxStates, slot.states);
   slot.n_states = int(n_states);
   slot.step = counter;

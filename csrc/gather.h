@@ -46,7 +46,7 @@ struct Slot {
   void* step = nullptr;  // float or double; float if on_device
   bool step_is_double = false;
   Extras extras{};
-  Place place{};
+  Origin origin{};
 };
 
 // Tensors of a slot, as Python gives them.
@@ -64,7 +64,7 @@ struct Binding {
   PyObject* grad_spec;   // of its gradient; or None
   int32_t holders;       // see Slot
   int64_t index;         // of the parameter, see Extras
-  Place place;
+  Origin origin;
   bool fresh;
   bool lasting;    // all are the optimizer's own objects, so that the next gather may check natively
   bool on_device;  // see Slot

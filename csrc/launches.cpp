@@ -81,7 +81,7 @@ std::vector<Launch> Table::launches(const std::vector<Group>& groups, int thread
     if (slot.step && slot.grad)
       step = slot.step_is_double ? (*static_cast<double*>(slot.step) += 1) : (*static_cast<float*>(slot.step) += 1);
     if (slot.grad) slot.fresh = false;
-    Row row{slot.data, slot.grad, {}, slot.layout.numel, step, slot.group, slot.extras, slot.place};
+    Row row{slot.data, slot.grad, {}, slot.layout.numel, step, slot.group, slot.extras, slot.origin};
     std::copy(slot.states, slot.states + kMaxStates, row.state);
     rows_.push_back(row);
   }

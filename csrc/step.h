@@ -22,7 +22,7 @@ struct Extras {
 
 // Where a part lies in the tensor that processes share: its element i is element first + i / run * stride + i % run.
 // Random bits follow from that, so that they are the same however many share.
-struct Place {
+struct Origin {
   int64_t first, run, stride;
 };
 
@@ -35,7 +35,7 @@ struct Row {
   double step;  // already advanced: 1 at a tensor's first step
   int32_t group;
   Extras extras;
-  Place place;
+  Origin origin;
 };
 
 // How a step rounds and averages, beyond storing to the nearest.

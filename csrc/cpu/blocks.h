@@ -20,7 +20,7 @@ struct Noise {
 
   Noise(const Precision& precision, const Row& row, uint32_t tensor, int64_t begin, int n) {
     const RandomKey key{precision.seed, uint32_t(int64_t(row.step)), uint32_t(row.extras.index)};
-    random_block(key, tensor, row.place, begin, n, bits);
+    random_block(key, tensor, row.origin, begin, n, bits);
   }
 };
 

@@ -61,16 +61,16 @@ void random_elements(const RandomKey& key, uint32_t tensor, int64_t begin, uint1
 
 }  // namespace
 
-void random_block(const RandomKey& key, uint32_t tensor, const Place& place, int64_t begin, int n, uint16_t* bits) {
-  if (place.run == place.stride && (place.first + begin) % 8 == 0)
-    return random_elements(key, tensor, place.first + begin, bits);
+void random_block(const RandomKey& key, uint32_t tensor, const Origin& origin, int64_t begin, int n, uint16_t* bits) {
+  if (origin.run == origin.stride && (origin.first + begin) % 8 == 0)
+    return random_elements(key, tensor, origin.first + begin, bits);
   for (int done = 0; done < n;) {
-    const int64_t in_run = (begin + done) % place.run;
-    const int64_t at = place.first + (begin + done) / place.run * place.stride + in_run;
+    const int64_t in_run = (begin + done) % origin.run;
+    const int64_t at = origin.first + (begin + done) / origin.run * origin.stride + in_run;
     const int before = int(at % 8);  // bits come for eight at a time
     uint16_t more[kCodeBlock];
     random_elements(key, tensor, at - before, more);
-    int64_t take = place.run == place.stride ? n : place.run - in_run;
+    int64_t take = origin.run == origin.stride ? n : origin.run - in_run;
     take = take < n - done ? take : n - done;
     take = take < kCodeBlock - before ? take : kCodeBlock - before;
     std::memcpy(bits + done, more + before, size_t(take) * sizeof(uint16_t));

@@ -90,8 +90,8 @@ def elements(tensor: Tensor) -> Tensor | None:
     return as_they_lie.as_strided((as_they_lie.numel(),), (1,))
 
 
-def place(tensor: Tensor) -> tuple[int, int, int] | None:
-    """`elements` in closed form, (first, run, stride) as csrc/step.h's Place has it; None where there is none."""
+def origin(tensor: Tensor) -> tuple[int, int, int] | None:
+    """`elements` in closed form, (first, run, stride) as csrc/step.h's Origin has it; None where there is none."""
     if not is_shared(tensor):
         return 0, 1, 1
     shape, offset = _box(tensor)

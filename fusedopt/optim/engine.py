@@ -268,8 +268,8 @@ class FusedStep(ByTorch):
         if self.norms and self._holders.number(param):
             raise Unfusable("its norms are sums over processes")
         if self._precision.stochastic_rounding and parts.is_shared(param):
-            place = parts.place(param)
-            if place is None or (backend is not cpu and place != (0, 1, 1)):
+            origin = parts.origin(param)
+            if origin is None or (backend is not cpu and origin != (0, 1, 1)):
                 raise Unfusable("random bits of a part")
         param = parts.part(param)
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
@@ -314,7 +314,7 @@ class FusedStep(ByTorch):
                 state_dict=self.state[param] if has_state else None,
                 holders=self._holders.number(param),
                 index=self._first_index + slot,
-                place=parts.place(param) or (0, 1, 1),
+                origin=parts.origin(param) or (0, 1, 1),
                 fresh=bool(made),
                 on_device=backend is not cpu,
                 **told,
