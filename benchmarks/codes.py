@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optim.precision import SMALL
-from fusedopt.train import cli, data
+from fusedopt.train import checks, cli, data
 from fusedopt.train.distributed import World
 from fusedopt.train.loop import STOCK, Contender
 
@@ -144,7 +144,7 @@ def _corpus() -> data.Corpus:
 def _arguments(seed: int, device: str) -> argparse.Namespace:
     words = [*SETTING, "--stock", "--seed", str(seed), "--device", device, "--overwrite"]  # nothing is written
     args = cli.make_parser().parse_args(words)
-    cli.check(args)
+    checks.check(args)
     return args
 
 
@@ -153,15 +153,16 @@ def measure(case: str, args: argparse.Namespace, tell: Callable[[str], None]) ->
     candidate, seed = RUNS[case]
     contender = Contender(STOCK, _arguments(seed, args.device), World())
     steps = QUICK_STEPS if args.quick else contender.args.steps
+    exact = Exact(contender.optimizer)
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         if step % 10 == 0:
             tell(f"step {step}/{steps}")
         contender.step(data.train_batches(contender.args, _corpus(), step, 0, 1), step)
-        errors = _round_states(contender.optimizer, candidate, generator)
+        _round_states(contender.optimizer, candidate, generator)
     loss = contender.validate(data.validation_batches(contender.args, _corpus()))["val_loss"]
     row = {"case": case, "contender": candidate.name, "block": candidate.block, "seed": seed, "steps": steps}
-    row |= {"text": _corpus().digest, "val_loss": loss, **errors}
+    row |= {"text": _corpus().digest, "val_loss": loss, **exact.errors(contender.optimizer)}
     return [row | {"verdict": "ok" if math.isfinite(loss) else "wrong"}]
 
 
@@ -182,19 +183,41 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]], str]:
         differences = [f"{loss - exact:+.4f}" if loss and exact else "" for loss, exact in pairs]
         cells.append([candidate.name, str(candidate.block), *errors, *differences])
     told = ", ".join(f"{loss:.4f}" for loss in base)
-    note = f"Error: median of |kept - exact| / |exact| at the end. Loss: validation's, less float32 states' ({told})."
+    note = (
+        "Error: of the moments at the end, against those of the same gradients without codes; median, relative. "
+        f"Loss: validation's, less float32 states' ({told})."
+    )
     return header, cells, note
 
 
-def _round_states(optimizer: torch.optim.Optimizer, candidate: Candidate, generator: torch.Generator) -> dict[str, Any]:
-    """Round in place; the median relative error of both moments, of the elements that are not 0."""
-    errors: dict[str, list[Tensor]] = {key: [] for key in MOMENTS}
+class Exact:
+    """Both moments of the gradients that an AdamW is given, never rounded to a code."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.moments: dict[Tensor, dict[str, Tensor]] = {}
+        self.hook = optimizer.register_step_pre_hook(self.follow)  # clipped by then
+
+    def follow(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                moments = self.moments.setdefault(p, {key: torch.zeros_like(p) for key in MOMENTS})
+                moments["exp_avg"].lerp_(p.grad, 1 - beta1)
+                moments["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+
+    def errors(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Median of |kept - exact| / |exact| over the tensors that codes are for; nothing where the exact is 0."""
+        found = {}
+        for key in MOMENTS:
+            pairs = [(optimizer.state[p][key], m[key]) for p, m in self.moments.items() if p.numel() >= SMALL]
+            each = [((kept - exact).abs() / exact.abs())[exact != 0] for kept, exact in pairs]
+            found[f"{key}_error"] = round(float(torch.cat(each).median()), 6)
+        return found
+
+
+def _round_states(optimizer: torch.optim.Optimizer, candidate: Candidate, generator: torch.Generator) -> None:
     for state in optimizer.state.values():
         for key, which in MOMENTS.items():
-            code, exact = getattr(candidate, which), state[key]
-            if code is None or exact.numel() < SMALL:
-                continue
-            kept = rounded(exact, candidate.block, code, generator)
-            errors[key].append(((kept - exact).abs() / exact.abs())[exact != 0])
-            exact.copy_(kept)
-    return {f"{key}_error": round(float(torch.cat(e).median()), 6) if e else 0.0 for key, e in errors.items()}
+            code = getattr(candidate, which)
+            if code is not None and state[key].numel() >= SMALL:
+                state[key].copy_(rounded(state[key], candidate.block, code, generator))

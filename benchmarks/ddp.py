@@ -62,7 +62,7 @@ class Plan:
 class Turns:
     warmup: int
     timed: int
-    before: int = 3  # steps before the turns: two whose memory is watched, one whose collectives are counted
+    before: int = 3  # steps before the turns: two for states and DDP's buckets to be there, one that is looked into
 
     @property
     def steps(self) -> int:
@@ -193,36 +193,31 @@ class Case:
         gc.collect()
         self.told[entry.name] = {}
         reason, calls, figures = "", [], torch.zeros(3, dtype=torch.float64)
-
-        def first_steps() -> None:
-            group = self.fake if entry.name == NO_COMMUNICATION else self.group
-            self.contenders[entry.name] = Contender(entry, self.plan.wrapping, self.size, group, self.device)
-            for step in range(self.turns.before - 1):
-                self.contenders[entry.name].step(self.batch(step))
-
         try:
-            peak = runner.peak_bytes(first_steps, self.device.type)
-            contender = self.contenders[entry.name]
+            group = self.fake if entry.name == NO_COMMUNICATION else self.group
+            contender = Contender(entry, self.plan.wrapping, self.size, group, self.device)
+            self.contenders[entry.name] = contender
+            *before, last = (self.batch(step) for step in range(self.turns.before))
+            for tokens in before:
+                contender.step(tokens)
             with Collectives() as seen:
-                contender.step(self.batch(self.turns.before - 1))
+                peak = contender.held() + runner.peak_bytes(lambda: contender.step(last), self.device.type)
             calls = seen.calls
-            figures = torch.tensor([peak, sum(p.numel() for p in contender.stepped()), host_ms(contender)])
+            parameters = sum(p.numel() for p in contender.stepped())
+            figures = torch.tensor([peak, parameters, host_ms(contender)], dtype=torch.float64)
         except Exception as error:  # whatever a contender raises is its result
-            first = (str(error).strip() or "no message").splitlines()[0]
-            reason = f"{type(error).__name__}: {first}"
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         reasons: list[Any] = [None] * self.plan.ranks
         dist.all_gather_object(reasons, reason, group=self.group)
         if any(reasons):
             self.contenders.pop(entry.name, None)
             if entry.name in (NO_OPTIMIZER, NO_COMMUNICATION):
-                raise RuntimeError(
-                    f"{self.plan.name}: the contender {entry.name!r} raised {next(filter(None, reasons))}"
-                )
+                raise RuntimeError(f"{self.plan.name}: {entry.name!r} raised {next(filter(None, reasons))}")
             self.told[entry.name] = {"verdict": f"raised {next(filter(None, reasons))}"[:300]}
             return
         if entry.name == NO_OPTIMIZER:
             self.alone = again(calls, self.group, self.device)
-        peak, parameters, host = self.gathered(figures.double()).amax(0).tolist()
+        peak, parameters, host = self.gathered(figures).amax(0).tolist()
         self.told[entry.name] |= {"host_ms": host, "peak_mib": peak / 2**20, "local_parameters": int(parameters)}
         self.told[entry.name] |= collectives_of(calls if entry.name != NO_COMMUNICATION else [])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -186,11 +186,21 @@ class Contender:
         for param in self.params:
             yield param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
 
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer that steps this rank's parameters."""
+        return self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
+
     def stepped(self) -> list[Tensor]:
         """The local parts of what this rank's optimizer steps."""
-        inner = self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
-        params = [p for group in inner.param_groups for p in group["params"]]
-        return [p.to_local() if isinstance(p, DTensor) else p for p in params]
+        return local(p for group in self.inner.param_groups for p in group["params"])
+
+    def held(self) -> int:
+        """Bytes that stay between steps: parameters, states, and the buckets that DDP has for gradients."""
+        states = (value for state in self.inner.state.values() for value in state.values())
+        storages = [t.untyped_storage() for t in local([*self.params, *filter(torch.is_tensor, states)])]
+        buckets = sum(p.nbytes for p in self.params) if isinstance(self.model, DistributedDataParallel) else 0
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + buckets
 
     def host_twin(self) -> Callable[[], None]:
         """Clipping and step() alone, on as many tensors of the same kind, of one element each."""
@@ -211,6 +221,11 @@ class Contender:
                 optimizer.step()
 
         return run
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What of each lies in this process."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def oracle(size: Size, batches: list[Tensor], clip: bool, device: torch.device) -> list[Tensor]:

@@ -34,7 +34,8 @@ UNITS = {
     "communication_alone_ms": "the step's collectives one after another, with nothing beside them",
     "overlap": "1 - communication_ms / communication_alone_ms: the share that is hidden behind computing",
     "host_ms": "clipping and step() of as many tensors of the same kind with one element each, until the call returns",
-    "peak_mib": "the most that was allocated at once by this rank's torch, from building the model on; largest rank",
+    "peak_mib": "what stays between steps (parameters, states, DDP's buckets) and the most that a step allocates at "
+    "once beyond it; largest rank",
     "collectives": "of one step: kind -> [calls, bytes]; bytes of the whole tensor, not of a rank's part",
     "sent_bytes": "that each rank sends in a step, by the ring convention: 2 (n - 1) / n of a reduced tensor, "
     "(n - 1) / n of one that is gathered, scattered or broadcast",

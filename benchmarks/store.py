@@ -24,7 +24,7 @@ UNITS = {
     "error, stock_error": "max |result - float64 oracle| / max(|oracle|, median |oracle|), in epsilons of the dtype",
     "verdict": "ok where error <= error_limit; of a training run, where its loss is finite",
     "val_loss": "nats per token at the end of a run",
-    "exp_avg_error, exp_avg_sq_error": "median |kept - exact| / |exact| of the moments at the last step",
+    "exp_avg_error, exp_avg_sq_error": "at the end, relative to moments of the same gradients without codes; median",
     "weights_bytes, states_bytes, masters_bytes": "per parameter, of the tensors that last from step to step",
 }
 OWN_UNITS = {"ddp": ddp_split.UNITS, "project": project_model.UNITS}  # suites that measure other things

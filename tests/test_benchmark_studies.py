@@ -107,6 +107,22 @@ def test_float8_keeps_four_bits():
     assert (kept - part).abs().le(part * 2**-4).all() and kept[-2] == 1 and kept[-1] == 0
 
 
+def test_errors_are_against_moments_that_were_never_rounded():
+    p = torch.randn(64, 64).requires_grad_()
+    optimizer = torch.optim.AdamW([p], lr=1e-3, betas=(0.5, 0.75))
+    exact = codes.Exact(optimizer)
+    gradients = [torch.randn(64, 64), torch.randn(64, 64)]
+    for p.grad in gradients:
+        optimizer.step()
+        for state in optimizer.state.values():
+            state["exp_avg_sq"].mul_(1.25)
+    assert exact.errors(optimizer)["exp_avg_error"] == pytest.approx(0, abs=1e-6)
+    first, second = (0.25 * g.square() for g in gradients)
+    kept, true = (first * 1.25 * 0.75 + second) * 1.25, first * 0.75 + second
+    expected = float(((kept - true) / true).median())
+    assert exact.errors(optimizer)["exp_avg_sq_error"] == pytest.approx(expected, rel=1e-4)
+
+
 # --- the command ---
 
 

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 for extra in ("matplotlib", "rich", "tokenizers"):
     pytest.importorskip(extra)
 
-from fusedopt.train import checkpoint, cli, data, loop, report, run  # noqa: E402
+from fusedopt.train import checkpoint, checks, cli, data, loop, report, run  # noqa: E402
 from fusedopt.train.__main__ import main  # noqa: E402
 from fusedopt.train.distributed import World  # noqa: E402
 
@@ -89,7 +89,7 @@ def no_children(monkeypatch):
 
 def arguments(*argv: object) -> argparse.Namespace:
     args = cli.make_parser().parse_args([str(argument) for argument in argv])
-    cli.check(args)
+    checks.check(args)
     return args
 
 
@@ -152,7 +152,7 @@ def test_loss_goes_down(corpus, tmp_path, model, mode):
 def test_every_optimizer_under_every_schedule(corpus, optimizer, schedule):
     """Fused follows stock step by step, and learns; Lion and LAMB have no stock to follow."""
     momentum = ("--momentum", 0.9) if cli.OPTIMIZERS[optimizer]["momentum"] else ()
-    lr = {"sgd": 0.1, "lion": 3e-3, "rmsprop": 3e-3, "adagrad": 3e-2, "lamb": 0.1}.get(optimizer, 1e-2)
+    lr = {"sgd": 0.1, "lion": 3e-3, "rmsprop": 1e-3, "adagrad": 3e-2, "lamb": 0.1}.get(optimizer, 1e-2)
     args = arguments("--data", corpus, *TINY, *BYTES, "--optimizer", optimizer, "--schedule", schedule, "--lr", lr,
                      "--steps", 40, "--weight-decay", 0.01, *momentum)  # fmt: skip
     text = data.load(args)
@@ -458,7 +458,7 @@ def test_pretrained_model_must_be_complete(corpus, tmp_path, pretrained, monkeyp
     assert "--dim 8" in complaint("--init-from", pretrained, "--dim", 8)
     (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
     assert "tokenizer.json" in complaint("--init-from", tmp_path)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'fusedopt[hf]'" in complaint("--init-from", pretrained)
 
 

@@ -26,7 +26,7 @@ OPTIONS = [
 EVERY_RANK = """
 import gc, hashlib, json, sys
 import torch.distributed as dist
-from fusedopt.train import cli, run
+from fusedopt.train import checks, cli, run
 from fusedopt.train.distributed import World
 
 def digests(args, world):
@@ -40,7 +40,7 @@ def digests(args, world):
 
 args = cli.make_parser().parse_args(sys.argv[2:])
 world = World.from_environment()
-cli.check(args, world)
+checks.check(args, world)
 with world.joined(args.device, args.timeout):
     gathered = digests(args, world)
 gc.collect()  # as main() does

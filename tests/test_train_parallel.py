@@ -18,7 +18,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 
 from train_ranks import WAIT, run_jobs, started  # noqa: E402
 
-from fusedopt.train import checkpoint, cli, run  # noqa: E402
+from fusedopt.train import checkpoint, checks, cli, run  # noqa: E402
 from fusedopt.train.distributed import World  # noqa: E402
 
 MODES = ("ddp", "zero1", "fsdp", "tp")
@@ -51,7 +51,7 @@ def arguments(text: Path, out: Path, *options: object) -> list[str]:
 def alone(*argv: object) -> None:
     """Train in this process."""
     args = cli.make_parser().parse_args([str(argument) for argument in argv])
-    cli.check(args)
+    checks.check(args)
     assert run.Run(args, World()).train() == 0
 
 

@@ -22,7 +22,7 @@ from test_train import (  # noqa: E402
     train,
 )
 
-from fusedopt.train import checkpoint, cli, data, loop, precision, report, run  # noqa: E402
+from fusedopt.train import checkpoint, cli, data, errors, loop, precision, report, run  # noqa: E402
 from fusedopt.train.distributed import World  # noqa: E402
 
 __all__ = ["corpus", "no_children", "surroundings"]  # fixtures
@@ -110,7 +110,7 @@ def test_resumed_run_is_the_uninterrupted_run(corpus, tmp_path, mode):
     trained("parts", 5)
     trained("parts", 10, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    with pytest.raises(cli.UsageError, match="--ema was"):
+    with pytest.raises(errors.UsageError, match="--ema was"):
         trained("parts", 10, "--resume", "--ema", 0.5)
 
 

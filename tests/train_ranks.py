@@ -64,7 +64,7 @@ def rank_main(folder: Path) -> None:
 
     import torch
 
-    from fusedopt.train import cli, run
+    from fusedopt.train import checks, cli, run
     from fusedopt.train.distributed import World
     from fusedopt.train.errors import Stop
 
@@ -78,7 +78,7 @@ def rank_main(folder: Path) -> None:
         here = replace(world, split=args.parallel == "tp")
         try:
             with here.agreeing():
-                cli.check(args, here)
+                checks.check(args, here)
             return str(run.Run(args, here).train() or "")
         except Stop as stop:
             return f"{type(stop).__name__}: {stop}"

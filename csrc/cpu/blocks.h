@@ -109,24 +109,6 @@ void average(const Precision& precision, T* ema, const T* weights, int n) {
   for (int i = 0; i < n; ++i) ema[i] = lerp(ema[i], weights[i]);
 }
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kCode ? 1 : 2; }
-
-constexpr int kParts = 4, kPart = kBlock / kParts;
-
-// Ask for what a part of a block from `begin` reads: all of a block's at once would wait for each other.
-inline void prefetch_part(const Launch& launch, const Row& row, int64_t begin, int part) {
-  const auto ask = [&](const void* data, int64_t bytes) {
-    if (!data) return;
-    const char* const first = static_cast<const char*>(data) + (begin + part * kPart) * bytes;
-    for (int64_t line = 0; line < kPart * bytes; line += 64) __builtin_prefetch(first + line, 1);
-  };
-  ask(row.param, bytes_of(launch.param));
-  ask(row.grad, bytes_of(launch.grad));
-  for (const void* state : row.state) ask(state, bytes_of(launch.state));
-  ask(row.extras.master, launch.param == Dtype::kBF16 ? 2 : 4);
-  ask(row.extras.ema, 4);
-}
-
 inline bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kBF16 || dtype == Dtype::kF16; }
 
 }  // namespace

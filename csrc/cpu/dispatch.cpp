@@ -242,8 +242,10 @@ double cpu_sum_squares(const std::vector<Array>& arrays, int threads) {
   if (turns.back() != pieces.size()) turns.push_back(pieces.size());
   std::vector<double> sums(pieces.size());
   if (all < kSerial) threads = 1;
+  // from the end: the step starts with the gradients that were read last, and are still in the cache
   parallel_for(threads, int64_t(turns.size()) - 1, [&](int64_t t) {
-    for (size_t i = turns[size_t(t)]; i < turns[size_t(t) + 1]; ++i)
+    const size_t turn = turns.size() - 2 - size_t(t);
+    for (size_t i = turns[turn]; i < turns[turn + 1]; ++i)
       sums[i] = engine()->norm(pieces[i].array->dtype)(pieces[i].array->data, pieces[i].begin, pieces[i].end);
   });
   double total = 0;  // in order: the same bits whatever the number of threads

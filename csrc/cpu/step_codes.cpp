@@ -6,6 +6,27 @@
 namespace fusedopt::FUSEDOPT_ISA {
 namespace {
 
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kCode ? 1 : 2; }
+
+// A part of a block asks for what the same part of the block after next will read: work on a block's floats hides the
+// loads of the next from the processor, and all of a block's at once would wait for each other.
+constexpr int kPart = 32, kAhead = 2 * kBlock;
+
+// All of it inline: gcc takes a function that only prefetches for one without effect, and drops the call.
+FUSEDOPT_HD void prefetch(const void* data, int64_t begin, int64_t bytes) {
+  if (!data) return;
+  const char* const first = static_cast<const char*>(data) + begin * bytes;
+  for (int64_t line = 0; line < kPart * bytes; line += 64) __builtin_prefetch(first + line, 1);
+}
+
+FUSEDOPT_HD void prefetch_part(const Launch& launch, const Row& row, int64_t begin) {
+  prefetch(row.param, begin, bytes_of(launch.param));
+  prefetch(row.grad, begin, bytes_of(launch.grad));
+  for (const void* state : row.state) prefetch(state, begin, bytes_of(launch.state));
+  prefetch(row.extras.master, begin, launch.param == Dtype::kBF16 ? 2 : 4);
+  prefetch(row.extras.ema, begin, 4);
+}
+
 // A block of codes and their scale.
 struct Codes {
   uint8_t* of;
@@ -37,16 +58,16 @@ FUSEDOPT_HD void apply(const Rule& rule, Lanes& param, Lanes grad, Lanes (&state
 }
 
 // Of a whole block; the new states go to `room`, the bits of their largest magnitudes to `largest`.
-template <class Rule, class Prefetch>
+template <class Rule, class Ahead>
 FUSEDOPT_HD void update_from(const Codes* codes, const Rule rule, float* w, const float* g, Lanes grad_factor,
-                             float (*room)[kBlock], uint32_t* largest, const Prefetch& prefetch) {
+                             float (*room)[kBlock], uint32_t* largest, const Ahead& ahead) {
   Lanes scale[kMaxStates];
   IntLanes most[kMaxStates] = {};
   for_states<Rule>([&](auto k) { scale[k] = *codes[k].scale; });
-  for (int part = 0; part < kParts; ++part) {
-    prefetch(part);
+  for (int part = 0; part < kBlock; part += kPart) {
+    ahead(part);
     FUSEDOPT_IVDEP
-    for (int i = part * kPart; i < (part + 1) * kPart; i += kLanes) {
+    for (int i = part; i < part + kPart; i += kLanes) {
       Lanes param = load_lanes(w + i), state[kMaxStates];
       for_states<Rule>([&](auto k) { state[k] = load_codes<is_signed<Rule>(k)>(codes[k].of + i, scale[k]); });
       apply(rule, param, load_lanes(g + i) * grad_factor, state);
@@ -107,9 +128,8 @@ void step_codes(const Launch& launch, const Span& span) {
           for_states<Rule>([&](auto k) { codes[k].of = filled(codes[k].of, n, ragged[k]); });
         }
         uint32_t largest[kMaxStates];
-        update_from(codes, rule, w, g, grad_factor, room + 2, largest, [&](int part) {
-          // the block after next: work on a block hides the loads of the next from the processor
-          if (begin + 3 * kBlock <= last) prefetch_part(launch, row, begin + 2 * kBlock, part);
+        update_from(codes, rule, w, g, grad_factor, room + 2, largest, [&](int part) __attribute__((always_inline)) {
+          if (begin + 3 * kBlock <= last) prefetch_part(launch, row, begin + kAhead + part);
         });
         for_states<Rule>([&](auto k) {
           if (precision.stochastic && !is_signed<Rule>(k))

@@ -60,8 +60,6 @@ void step_floats(const Launch& launch, const Span& span) {
     alignas(64) float room[2 + kMaxStates][kBlock];
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int n = int(last - begin < kBlock ? last - begin : kBlock);
-      for (int part = 0; part < kParts && begin + 3 * kBlock <= last; ++part)
-        prefetch_part(launch, row, begin + 2 * kBlock, part);
       float* const w = weights(row, launch.param, begin, n, room[0]);
       if (row.grad) {
         const float* const g = floats(const_cast<void*>(row.grad), launch.grad, begin, n, room[1]);

@@ -164,7 +164,7 @@ def _singles(optimizer: Any) -> dict[Tensor, _Single]:
     return singles
 
 
-def _reduce_and_step(handle: StepInBackward, bucket: Any) -> Any:
+def _reduce_and_step(handle: StepInBackward, bucket):  # a GradBucket; DDP refuses annotations that are strings
     """DDP's communication hook: the mean of a bucket's gradients, then the update of its parameters."""
     import torch.distributed as dist
 

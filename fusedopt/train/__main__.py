@@ -13,7 +13,8 @@ from .errors import LostRank, Stop, UsageError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0, 1 for a non-finite loss, 2 for bad input, 3 for a lost rank, 128 + a signal."""
     try:
-        from .cli import check, device_of, make_parser
+        from .checks import check
+        from .cli import device_of, make_parser
         from .run import run
     except ModuleNotFoundError as missing:
         print(f"fusedopt.train needs {missing.name}: pip install 'fusedopt[train]'", file=sys.stderr)

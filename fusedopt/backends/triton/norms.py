@@ -1,8 +1,8 @@
 """Between `prepare` and the update, for rules whose step depends on norms of a whole tensor: two kernels that find them
 and tell each row's rule.
 
-In double, as no square overflows there, and in an order that depends on a tensor's length alone: a sum for each chunk,
-then theirs.
+In double, as no square overflows there, and in one order whatever the number of programs: a sum for each chunk, then
+theirs.
 """
 
 from __future__ import annotations
