@@ -158,8 +158,9 @@ class Contender:
         if wrapping == "zero1":
             if entry.clips == "inside":  # an inner optimizer sees its own parameters only, the norm is of all ranks'
                 self.make = partial(self.make, extra_groups=(group,))
+            # a partial: ZeRO puts its own keywords into the groups, which are about some parameters each
             self.optimizer: Optimizer = ZeroRedundancyOptimizer(
-                self.params, self.make.func, process_group=group, parameters_as_bucket_view=True, **self.make.keywords
+                self.params, self.make, process_group=group, parameters_as_bucket_view=True
             )
         else:
             self.optimizer = self.make(self.params)
