@@ -128,9 +128,9 @@ class Checkpoints:
         yield from extras.items()
         if "step" in state and extras:
             yield "extras_step", float(state["step"])
-        elif extras.keys() - {"rounding_step"} and not parts.is_shared(param):
-            # of a part it would be no other world size's
-            yield "extras_checksum", precision.checksum_of(param)
+        elif extras.keys() - {"rounding_step"}:
+            # a part's would be no other world size's, but whoever loads this looks for the same keys
+            yield "extras_checksum", precision.UNSTAMPED if parts.is_shared(param) else precision.checksum_of(param)
 
     def _new_stock_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         stand_in = torch.nn.Parameter(param.detach(), requires_grad=False)
@@ -183,12 +183,12 @@ class Checkpoints:
                     with self._parts(param) as (here, state):
                         if self._precision.on:
                             self._precision.take_over(here, state)
-                            self._adopt_loaded(here, state, self._precision.kind(param))
+                            self._adopt_loaded(param, here, state)
 
-    def _adopt_loaded(self, param: Tensor, state: dict[str, Any], kind: torch.dtype | str) -> None:
+    def _adopt_loaded(self, param: Tensor, here: Tensor, state: dict[str, Any]) -> None:
         checksum = state.pop("extras_checksum", None)  # is for the first step: the model may be loaded after this
-        self._precision.adopt(param, state, self._signed(), kind)
-        if checksum is not None:
+        self._precision.adopt(here, state, self._signed(), self._precision.kind(param))
+        if checksum is not None and not parts.is_shared(param):
             state["extras_checksum"] = checksum
 
     def _signed(self) -> dict[str, bool]:

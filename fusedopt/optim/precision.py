@@ -24,6 +24,7 @@ SMALL = 4096  # elements below which a tensor's states stay float32: norms and b
 EXTRAS = ("rounding_step", "master", "ema")
 SIGNED = frozenset({"exp_avg", "grad_avg", "momentum_buffer"})  # the states that are not squares
 STAMPS = ("extras_step", "extras_checksum")
+UNSTAMPED = 0  # a checksum that says nothing
 SEED = 0  # the same on every rank, whatever each seeds its own generators with
 
 
@@ -167,7 +168,7 @@ class Precision:
         stamp, checksum = (state.pop(key, None) for key in STAMPS)
         if stamp is not None and float(stamp) != float(state.get("step", -1)):
             reason = f"written at step {float(stamp):.0f}, and the state is of step {float(state.get('step', -1)):.0f}"
-        elif checksum is not None and int(checksum) != checksum_of(param):
+        elif checksum is not None and int(checksum) not in (UNSTAMPED, checksum_of(param)):
             reason = "written for other weights than the parameter now has"
         else:
             return
