@@ -13,7 +13,8 @@ from pathlib import Path
 from . import ddp_report, features, project_report, report, store
 
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
-NAMES = (*store.SUITES, *store.STUDIES, "train", "plot", "features")
+TRAINED = ("train", "train_fsdp")  # folders of runs of fusedopt.train
+NAMES = (*store.SUITES, *store.STUDIES, *TRAINED, "plot", "features")
 OWN_BLOCKS = {"ddp": ddp_report.block, "project": project_report.block}  # suites that tell in a way of their own
 
 
@@ -30,8 +31,10 @@ def block(name: str, folders: list[Path], readme: Path) -> str:
             text = OWN_BLOCKS[name](folder, shown)
         elif name in (*store.SUITES, *store.STUDIES):
             text = report.suite_block(name, folder)
+        elif name in TRAINED:
+            text = report.train_block(folder, shown, name)
         else:
-            text = {"train": report.train_block, "plot": report.plot_block}[name](folder, shown)
+            text = report.plot_block(folder, shown)
         if text:
             found[folder.name] = text
     if not found:

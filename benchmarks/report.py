@@ -195,9 +195,9 @@ def plot_block(folder: Path, shown: str) -> str:
     return f"![Times of every contender]({shown}/summary.png)" if (folder / "summary.png").exists() else ""
 
 
-def train_block(folder: Path, shown: str) -> str:
+def train_block(folder: Path, shown: str, run: str = "train") -> str:
     """Stock and fused over a whole training run, from the summary.json of `python -m fusedopt.train --compare`."""
-    path = folder / "train" / "summary.json"
+    path = folder / run / "summary.json"
     if not path.exists():
         return ""
     summary = json.loads(path.read_text(encoding="utf-8"))
@@ -217,15 +217,17 @@ def train_block(folder: Path, shown: str) -> str:
     versions = summary["versions"]
     line = (
         f"{summary['machine']['line']}, fusedopt {versions['fusedopt']}, Python {versions['python']}; "
-        f"{summary['parameters'] / 1e6:.2f} M parameters; `{_train_command(summary['command'])}`"
+        f"{summary['parameters'] / 1e6:.2f} M parameters; `{_train_command(summary)}`"
     )
-    plots = [name for name in ("loss.png", "timing.png") if (folder / "train" / name).exists()]
-    images = "\n".join(f"![{Path(name).stem}]({shown}/train/{name})" for name in plots)
+    plots = [name for name in ("loss.png", "timing.png") if (folder / run / name).exists()]
+    images = "\n".join(f"![{Path(name).stem}]({shown}/{run}/{name})" for name in plots)
     table = markdown(["median per step", "stock", "fused", "ratio"], cells)
     return "\n\n".join(filter(None, [table, line, images]))
 
 
-def _train_command(words: list[str]) -> str:
+def _train_command(summary: Row) -> str:
     """As one would type it; a folder's place on the machine that ran it says nothing to the reader."""
-    shown = [Path(word).name if Path(word).is_absolute() else word for word in words[1:]]
-    return " ".join(["python -m fusedopt.train", *shown])
+    processes = summary["machine"]["processes"]
+    start = "python -m" if processes == 1 else f"torchrun --nproc-per-node={processes} -m"
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in summary["command"][1:]]
+    return " ".join([f"{start} fusedopt.train", *shown])
