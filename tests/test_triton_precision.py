@@ -109,8 +109,9 @@ def assert_close(ours, theirs, unit):
 
 
 def assert_codes_close(ours, theirs):
+    """Or their neighbours: AVX-512 estimates roots to 2^-14, which is up to a fortieth of a code on either side."""
     differ = (ours.int() - theirs.int()).abs()
-    assert not ours.numel() or (differ.max() <= 1 and differ.sum() <= 1 + 0.01 * ours.numel())
+    assert not ours.numel() or (differ.max() <= 1 and differ.sum() <= 1 + 0.05 * ours.numel())
 
 
 UNITS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2e-6, torch.float64: 1e-13}
