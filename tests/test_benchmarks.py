@@ -209,7 +209,7 @@ def test_train_table_from_a_summary(tmp_path):
         "stock_over_fused": {"loss": 1.5, "optimizer": 2.5, "model": 1.0, "step": 1.25, "peak_mib": 1.1},
         "val_loss_fused_minus_stock": 1e-5,
         "parameters": 2_500_000,
-        "machine": {"line": "a processor"},
+        "machine": {"processes": 1, "line": "a processor"},
         "versions": {"fusedopt": "0.1.0", "python": "3.11"},
         "command": ["/somewhere/train/__main__.py", "--compare", "--out", str(tmp_path / "runs")],
     }
