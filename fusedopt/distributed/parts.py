@@ -214,6 +214,10 @@ class Holders:
         return self._groups.index(groups)
 
     @property
+    def _process_groups(self) -> list[Any]:
+        return list(dict.fromkeys(group for groups in self._groups for group in groups))
+
+    @property
     def communicate(self) -> bool:
         return len(self._groups) > 1 or bool(self.extra_groups)
 
@@ -232,7 +236,7 @@ class Holders:
 
         found = zero if found_inf is None else (found_inf.to(device) != 0).double()
         of_number = [add(sums.get(number, ())) for number in range(len(self._groups))]
-        for group in dict.fromkeys(group for groups in self._groups for group in groups):
+        for group in self._process_groups:
             numbers = [number for number, groups in enumerate(self._groups) if group in groups]
             *reduced, found = self._reduce([*(of_number[n] for n in numbers), found], group)
             for number, value in zip(numbers, reduced, strict=True):
@@ -255,7 +259,7 @@ class Holders:
     def sum_rows(self, rows: Tensor, params: list[Tensor]) -> Tensor:
         """(n, k) sums over each of n parameters' parts here -> over all its parts, each row by its own holders."""
         numbers = [self.number(param) for param in params]
-        for group in dict.fromkeys(group for groups in self._groups for group in groups):
+        for group in self._process_groups:
             mine = [i for i, number in enumerate(numbers) if group in self._groups[number]]
             if mine:
                 some = rows[mine].contiguous()

@@ -271,11 +271,10 @@ class FusedStep(ByTorch):
             origin = parts.origin(param)
             if origin is None or (backend is not cpu and origin != (0, 1, 1)):
                 raise Unfusable("random bits of a part")
-        param = parts.part(param)
+        kind, param = self._state_kind(param), parts.part(param)
         if param.layout != torch.strided or (grad is not None and grad.layout != torch.strided):
             raise Unfusable("sparse")
         real = real_dtype(param.dtype)
-        kind = self._state_kind(param)
         if not backend.supports(cpu.rules()[self._rule(group)][0], real, real, kind):
             raise Unfusable(f"no kernel for {param.dtype}" + (f" with {kind} states" if kind != real else ""))
         if param.is_neg() or param.is_conj():
@@ -308,13 +307,14 @@ class FusedStep(ByTorch):
             told["spec"] = param._spec
             told["grad_spec"] = None if grad is None else param.grad._spec
             told["lasting"] &= grad is None or grad is param.grad._local_tensor
+            if self._precision.stochastic_rounding:
+                told["origin"] = parts.origin(param)
         try:
             self._table.bind(
                 slot,
                 state_dict=self.state[param] if has_state else None,
                 holders=self._holders.number(param),
                 index=self._first_index + slot,
-                origin=parts.origin(param) or (0, 1, 1),
                 fresh=bool(made),
                 on_device=backend is not cpu,
                 **told,
