@@ -17,9 +17,9 @@ from fusedopt.nn import chunks
 from fusedopt.nn.functional import linear_cross_entropy
 
 from .runner import Case, Contender, Target, relative_error
+from .shapes import LINEAR
 
 PRODUCTS = "three products"
-SHAPES = [(2048, 512, 32000)]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 CHECKED = 16  # rows of each gradient
 # Sums over thousands of terms that cancel, judged by their median: stock's own error is of this order.
@@ -126,15 +126,17 @@ def case(n: int, h: int, v: int, dtype_name: str) -> Case:
         0,
         LIMIT[dtype_name],
         build,
+        lambda: [three_products(*inputs()[:2])],
         (
             Target("fusedopt", PRODUCTS, round(1 / 1.12, 3)),
             Target("fusedopt", "torch linear", AGAINST_TORCH[dtype_name]),
             Target("fusedopt", "torch linear chunked", 2.0),
         ),
-        ceiling=lambda: three_products(*inputs()[:2]),
+        dtype_name,
+        flops=6.0 * n * h * v,
         allowed_bytes=(n + v) * h * dtype.itemsize + wide + chunks.CHUNK_BYTES["cpu"],
     )
 
 
 def cases() -> list[Case]:
-    return [case(*shape, dtype_name) for shape in SHAPES for dtype_name in DTYPES]
+    return [case(*shape, dtype_name) for shape in LINEAR for dtype_name in DTYPES]

@@ -15,9 +15,10 @@ from . import peers
 from .cases_linear_loss import PRODUCTS, Loss, contender, oracle, three_products, torchs
 from .cases_loss_gpu import ours
 from .runner import Case, Contender, Target, compiler_here
+from .shapes import LINEAR_ON_GPU
 
 DEVICE = "cuda"
-SHAPES = [(8192, 4096, 128256), (4096, 4096, 128256), (8192, 2048, 32768)]
+SHAPES = LINEAR_ON_GPU
 DTYPE = torch.bfloat16
 LIMIT = 64.0  # as on the CPU
 
@@ -47,9 +48,11 @@ def case(n: int, h: int, v: int) -> Case:
         0,
         LIMIT,
         build,
+        lambda: [three_products(*inputs()[:2])],
         (Target("fusedopt", PRODUCTS, round(1 / 1.12, 3)), Target("fusedopt", "liger", 2.0)),
-        device=DEVICE,
-        ceiling=lambda: three_products(*inputs()[:2]),
+        "bf16",
+        DEVICE,
+        flops=6.0 * n * h * v,
         # the gradients, the weight's sum in float32, and a chunk
         allowed_bytes=(n + v) * h * DTYPE.itemsize + v * h * 4 + chunks.DEVICE_CHUNK_BYTES,
         absent=lambda: peers.absent(peers.LINEAR),

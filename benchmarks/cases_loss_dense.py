@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedopt.backends import cpu
 from fusedopt.nn.functional import cross_entropy, mse_loss
 
+from . import ceilings
 from .cases_loss import ALLOCATOR_TITLES, ALLOCATORS
 from .runner import Case, Contender, Target, compiler_here, relative_error
+from .shapes import DENSE_ELEMENTS, IMAGES
 
-IMAGES = (8, 21, 512, 512)  # of segmentation: batch, classes, height, width
-ELEMENTS = 64 << 20
+ELEMENTS = DENSE_ELEMENTS
 LIMIT = 16.0
 CHECKED = 1 << 16  # elements of the gradient, or pixels
 
@@ -43,7 +46,11 @@ def contender(
         found = (value, checked(leaf.grad))
         return max(relative_error(got, oracle, input.dtype) for got, oracle in zip(found, expected, strict=True))
 
-    return Contender(name, run, error, prepare)
+    def release() -> None:
+        prepare()
+        cpu.scratch.storage = None
+
+    return Contender(name, run, error, prepare, release)
 
 
 def contenders(
@@ -88,13 +95,16 @@ def images(allocator: str) -> Case:
         target = torch.randint(IMAGES[1], (IMAGES[0], *IMAGES[2:]), generator=generator)
         return contenders(F.cross_entropy, cross_entropy, logits, target, image_oracle, first_pixels, quick)
 
+    nbytes = 2 * 4 * math.prod(IMAGES)  # read the logits, write the gradient
     return Case(
         f"ce-images-{'x'.join(map(str, IMAGES))}-f32-{allocator}",
         f"cross entropy, images {IMAGES}, f32, {ALLOCATOR_TITLES[allocator]}",
-        2 * 4 * torch.Size(IMAGES).numel(),  # read the logits, write the gradient
+        nbytes,
         LIMIT,
         build,
+        lambda: [ceilings.copy(nbytes)],
         (Target("fusedopt", "torch eager", 2.0),),
+        quick=allocator == "installed",
     )
 
 
@@ -104,13 +114,16 @@ def mse(allocator: str) -> Case:
         input, target = torch.randn(2, ELEMENTS, generator=generator)
         return contenders(F.mse_loss, mse_loss, input, target, mse_oracle, first_elements, quick)
 
+    nbytes = 3 * 4 * ELEMENTS  # read input and target, write the gradient
     return Case(
         f"mse-64M-f32-{allocator}",
         f"mean squared error, 64 M elements, f32, {ALLOCATOR_TITLES[allocator]}",
-        3 * 4 * ELEMENTS,  # read input and target, write the gradient
+        nbytes,
         LIMIT,
         build,
+        lambda: [ceilings.copy(nbytes)],
         (Target("fusedopt", "torch eager", 1.8),),
+        quick=allocator == "installed",
     )
 
 

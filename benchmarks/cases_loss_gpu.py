@@ -13,13 +13,15 @@ from torch import Tensor
 from fusedopt import backends
 from fusedopt.nn.functional import cross_entropy, mse_loss
 
-from . import cases_loss, cases_loss_dense, peers
-from .runner import STREAM, Case, Contender, Target, compiler_here, relative_error
+from . import cases_loss, cases_loss_dense, ceilings, peers
+from .runner import Case, Contender, Target, compiler_here, relative_error
+from .shapes import IMAGES, VOCABULARIES
 
 DEVICE = "cuda"
-SHAPES = [(16384, 32768), (8192, 50257), (8192, 128256), (4096, 262144)]  # float32: half as many rows
-IMAGES = cases_loss_dense.IMAGES
+ROWS = {"32k": 16384, "gpt2": 8192, "llama-3": 8192, "gemma": 4096}
+SHAPES = [(rows, VOCABULARIES[name]) for name, rows in ROWS.items()]  # float32: half as many rows
 ELEMENTS = cases_loss_dense.ELEMENTS
+SWEEP_ROWS = 4096  # of the curve over vocabularies
 DTYPES = cases_loss.DTYPES
 LIMIT = cases_loss.LIMIT
 CHECKED = 16  # rows of the gradient
@@ -92,7 +94,7 @@ def contenders(
     ]
 
 
-def rows_case(rows: int, classes: int, dtype_name: str) -> Case:
+def rows_case(rows: int, classes: int, dtype_name: str, sweep: bool = False) -> Case:
     dtype = DTYPES[dtype_name]
 
     def build(quick: bool) -> list[Contender]:
@@ -110,17 +112,22 @@ def rows_case(rows: int, classes: int, dtype_name: str) -> Case:
         Target("fusedopt", "liger", 2.0),
     ]
     if dtype == torch.bfloat16:
-        targets.append(Target("fusedopt", STREAM, 0.85))
+        targets.append(Target("fusedopt", ceilings.COPY, 0.85))
+    nbytes = rows * classes * 2 * dtype.itemsize  # read the logits, write the gradient
     return Case(
-        f"gpu-ce-{rows}x{classes}-{dtype_name}",
+        f"gpu-ce-{rows}x{classes}-{dtype_name}{'-sweep' if sweep else ''}",
         f"cross entropy, {rows} x {classes}, {dtype_name}",
-        rows * classes * 2 * dtype.itemsize,  # read the logits, write the gradient
+        nbytes,
         LIMIT,
         build,
-        tuple(targets),
-        IN_A_ROW,
+        partial(ceilings.memory, nbytes, DEVICE),
+        () if sweep else tuple(targets),
+        dtype_name,
         DEVICE,
+        IN_A_ROW,
         absent=lambda: peers.absent(peers.CROSS_ENTROPY),
+        memory=nbytes * 5,
+        sweep=("vocabulary", classes) if sweep else None,
     )
 
 
@@ -132,12 +139,14 @@ def images_case() -> Case:
         oracle, some = cases_loss_dense.image_oracle, cases_loss_dense.first_pixels
         return contenders(F.cross_entropy, cross_entropy, logits, target, oracle, some, quick, {})
 
+    nbytes = 2 * 4 * math.prod(IMAGES)
     return Case(
         f"gpu-ce-images-{'x'.join(map(str, IMAGES))}-f32",
         f"cross entropy, images {IMAGES}, f32",
-        2 * 4 * math.prod(IMAGES),
+        nbytes,
         LIMIT,
         build,
+        partial(ceilings.memory, nbytes, DEVICE),
         in_a_row=IN_A_ROW,
         device=DEVICE,
     )
@@ -152,15 +161,18 @@ def mse_case(dtype_name: str) -> Case:
         oracle, some = cases_loss_dense.mse_oracle, cases_loss_dense.first_elements
         return contenders(F.mse_loss, mse_loss, input, target, oracle, some, quick, {})
 
+    nbytes = 3 * dtype.itemsize * ELEMENTS  # read input and target, write the gradient
     return Case(
         f"gpu-mse-64M-{dtype_name}",
         f"mean squared error, 64 M elements, {dtype_name}",
-        3 * dtype.itemsize * ELEMENTS,  # read input and target, write the gradient
+        nbytes,
         LIMIT,
         build,
-        (Target("fusedopt", STREAM, 0.85),),
-        IN_A_ROW,
+        partial(ceilings.memory, nbytes, DEVICE),
+        (Target("fusedopt", ceilings.COPY, 0.85),),
+        dtype_name,
         DEVICE,
+        IN_A_ROW,
     )
 
 
@@ -170,4 +182,5 @@ def cases() -> list[Case]:
         for rows, classes in SHAPES
         for name, dtype in reversed(DTYPES.items())
     ]
-    return [*rows, images_case(), *map(mse_case, DTYPES)]
+    curve = [rows_case(SWEEP_ROWS, classes, "bf16", sweep=True) for classes in VOCABULARIES.values()]
+    return [*rows, images_case(), *map(mse_case, DTYPES), *curve]

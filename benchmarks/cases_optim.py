@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from fusedopt import optim as fused
 
-from .runner import Case, Contender, Target, relative_error
+from . import ceilings
+from .runner import Case, Contender, Target, compiler_here, relative_error
+from .shapes import MODELS, TENSOR_COUNTS, TITLES, Shape, numel
 
-# GPT-2 small: 148 tensors, 124.4 M parameters
-_BLOCK = [
-    *[(768,), (768,)],  # ln_1
-    *[(768, 2304), (2304,), (768, 768), (768,)],  # attention
-    *[(768,), (768,)],  # ln_2
-    *[(768, 3072), (3072,), (3072, 768), (768,)],  # mlp
-]
-GPT2_SMALL = [(50257, 768), (1024, 768), *(_BLOCK * 12), (768,), (768,)]
-SMALL = [(64,)] * 2000
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+RULES = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "rmsprop": "RMSprop",
+    "adagrad": "Adagrad",
+    "sgd-momentum": "SGD with momentum",
+    "lion": "Lion",
+}
 
 # The largest error of one step, in epsilons: an update is half a dozen operations, each rounded by at most half of one.
 LIMIT = 3.0
@@ -104,59 +106,95 @@ def contender(
 
 
 def case(
-    name: str,
-    title: str,
-    shapes: list[tuple[int, ...]],
-    dtype: torch.dtype,
-    bytes_per_parameter: int,
+    rule: str,
+    model: str,
+    dtype_name: str,
+    elements_moved: int,
     oracle: Oracle,
     builds: dict[str, Build],
     *targets: Target,
-    in_a_row: int = 1,
     device: str = "cpu",
+    **more: Any,
 ) -> Case:
-    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    """One step of every tensor of a model; `elements_moved` per parameter, read and write each counted."""
+    shapes, dtype = shapes_of(model), DTYPES[dtype_name]
+    nbytes = numel(shapes) * dtype.itemsize * elements_moved
 
     def build(quick: bool) -> list[Contender]:
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(shape: tuple[int, ...], scale: float) -> Tensor:
+        def normal(shape: Shape, scale: float) -> Tensor:
             return torch.empty(shape, device=device).normal_(0, scale, generator=generator).to(dtype)
 
         initial = [normal(shape, 0.02) for shape in shapes]
         gradients = [normal(shape, 0.01) for shape in shapes]
-        return [contender(label, make, oracle, initial, gradients) for label, make in builds.items()]
+        makes = dict(builds)
+        if quick or not compiler_here():
+            makes.pop("torch compiled", None)
+        return [contender(label, make, oracle, initial, gradients) for label, make in makes.items()]
 
-    return Case(name, title, numel * bytes_per_parameter, LIMIT, build, targets, in_a_row, device)
+    name = "-".join(filter(None, ["gpu" if device == "cuda" else "", rule, model, dtype_name, more.pop("suffix", "")]))
+    about = {"warm": ", data in the cache", "cold": ", cache emptied"}.get(more.get("cache", ""), "")
+    named = TITLES.get(model) or "{} tensors of {}".format(*model.split("x"))
+    title = f"{RULES[rule]}, {named}, {dtype_name}{about}"
+    # a copy and the states for each, the first copy and the gradients, and the ceiling
+    memory = numel(shapes) * dtype.itemsize * (len(builds) * (elements_moved - 1) // 2 + 2) + nbytes
+    return Case(name, title, nbytes, LIMIT, build, partial(ceilings.memory, nbytes, device), targets, dtype_name,
+                device, memory=memory, **more)  # fmt: skip
+
+
+def shapes_of(model: str) -> list[Shape]:
+    """Of a name in the registry, or of `NxM`: N tensors of M elements."""
+    if model in MODELS:
+        return MODELS[model]
+    count, size = map(int, model.split("x"))
+    return [(size,)] * count
+
+
+def stock(cls: type[Optimizer], *only: str, **options: Any) -> dict[str, Build]:
+    """torch's own, as a user may ask for them; `only` some of them."""
+    ways = {"fused": {"fused": True}, "default": {}, "foreach": {"foreach": True}}
+    return {f"torch {way}": partial(cls, **ways[way], **options) for way in only or ways}
+
+
+class Compiled:
+    """A torch optimizer whose step() is compiled, with the learning rate a tensor, as torch's tutorial has it."""
+
+    def __init__(self, params: list[Tensor], cls: type[Optimizer] = AdamW, lr: float = 1e-3):
+        self.optimizer = cls(params, lr=torch.tensor(lr))
+        self.state = self.optimizer.state
+        self.step = torch.compile(self.optimizer.step)
 
 
 def cases() -> list[Case]:
-    f32, bf16 = torch.float32, torch.bfloat16
     adamw = by_torch(AdamW)
-    adamw_builds = {"torch fused": partial(AdamW, fused=True), "torch default": AdamW, "fusedopt": fused.AdamW}
-    adagrad = {"torch default": Adagrad, "torch fused": partial(Adagrad, fused=True), "fusedopt": fused.Adagrad}
-    sgd = {"lr": 1e-3, "momentum": 0.9}
-    sgd_builds = {
-        "torch default": partial(SGD, **sgd),
-        "torch fused": partial(SGD, fused=True, **sgd),
-        "fusedopt": partial(fused.SGD, **sgd),
-    }
-    lion = {"lr": 1e-4, "weight_decay": 0.1}
+    small = {**stock(AdamW), "fusedopt": fused.AdamW}
+    every = {**small, "torch compiled": Compiled}
+    sgd, lion = {"lr": 1e-3, "momentum": 0.9}, {"lr": 1e-4, "weight_decay": 0.1}
     over_fused, over_default = partial(Target, "fusedopt", "torch fused"), partial(Target, "fusedopt", "torch default")
-    of_stream = Target("fusedopt", "stream", 0.9)
+    of_stream = Target("fusedopt", ceilings.STREAM, 0.9)
+    rmsprop = {**stock(RMSprop, "default", "foreach"), "fusedopt": fused.RMSprop}
+    warm, cold = {"in_a_row": 10, "cache": "warm"}, {"cache": "cold", "suffix": "cold"}
     return [
-        case("adamw-2000x64-f32", "AdamW, 2000 tensors of 64, f32", SMALL, f32, 28, adamw, adamw_builds,
-             over_fused(15.0), in_a_row=10),
-        case("adamw-gpt2-small-f32", "AdamW, GPT-2 small, f32", GPT2_SMALL, f32, 28, adamw, adamw_builds,
-             over_fused(1.0), over_default(3.5), of_stream),
-        case("adamw-gpt2-small-bf16", "AdamW, GPT-2 small, bf16", GPT2_SMALL, bf16, 14, adamw,
-             {"torch fused": partial(AdamW, fused=True), "fusedopt": fused.AdamW}, over_fused(1.4)),
-        case("rmsprop-gpt2-small-f32", "RMSprop, GPT-2 small, f32", GPT2_SMALL, f32, 20, by_torch(RMSprop),
-             {"torch default": RMSprop, "fusedopt": fused.RMSprop}, over_default(3.3), of_stream),
-        case("adagrad-gpt2-small-f32", "Adagrad, GPT-2 small, f32", GPT2_SMALL, f32, 20, by_torch(Adagrad), adagrad,
+        case("adamw", "2000x64", "f32", 7, adamw, small, over_fused(15.0), **warm),
+        case("adamw", "2000x64", "f32", 7, adamw, small, **cold),
+        case("adamw", "gpt2-small", "f32", 7, adamw, every, over_fused(1.0), over_default(3.5), of_stream),
+        case("adamw", "gpt2-small", "bf16", 7, adamw, small, over_fused(1.4)),
+        case("adamw", "vit-tiny", "f32", 7, adamw, small),
+        case("adamw", "vit-tiny", "bf16", 7, adamw, small),
+        case("adamw", "llama-1b-shard", "f32", 7, adamw, small, quick=False),
+        case("adamw", "one-128m", "f32", 7, adamw, small, quick=False),
+        case("adam", "gpt2-small", "f32", 7, by_torch(Adam), {**stock(Adam, "fused"), "fusedopt": fused.Adam},
+             quick=False),
+        case("rmsprop", "gpt2-small", "f32", 5, by_torch(RMSprop), rmsprop, over_default(3.3), of_stream),
+        case("rmsprop", "gpt2-small", "bf16", 5, by_torch(RMSprop), rmsprop, quick=False),
+        case("adagrad", "gpt2-small", "f32", 5, by_torch(Adagrad), {**stock(Adagrad), "fusedopt": fused.Adagrad},
              over_default(3.0), of_stream),
-        case("sgd-momentum-gpt2-small-f32", "SGD with momentum, GPT-2 small, f32", GPT2_SMALL, f32, 20,
-             by_torch(SGD, **sgd), sgd_builds),
-        case("lion-gpt2-small-f32", "Lion, GPT-2 small, f32", GPT2_SMALL, f32, 20, partial(_lion, **lion),
-             {"fusedopt": partial(fused.Lion, **lion)}),
+        case("sgd-momentum", "gpt2-small", "f32", 5, by_torch(SGD, **sgd),
+             {**stock(SGD, **sgd), "fusedopt": partial(fused.SGD, **sgd)}, quick=False),
+        case("lion", "gpt2-small", "f32", 5, partial(_lion, **lion), {"fusedopt": partial(fused.Lion, **lion)}),
+        case("lion", "gpt2-small", "bf16", 5, partial(_lion, **lion), {"fusedopt": partial(fused.Lion, **lion)},
+             quick=False),
+        *(case("adamw", f"{count}x64", "f32", 7, adamw, small, **warm, sweep=("tensors", count), suffix="sweep")
+          for count in TENSOR_COUNTS),
     ]  # fmt: skip

@@ -11,7 +11,8 @@ from torch.optim import AdamW
 
 from fusedopt import optim as fused
 
-from .cases_optim import LIMIT, by_torch, contender
+from . import ceilings
+from .cases_optim import LIMIT, by_torch, contender, stock
 from .cases_step import LIMIT as CLIPPED_LIMIT
 from .cases_step import MAX_NORM, clip_and_step, coefficient
 from .runner import Case, Contender, Target
@@ -36,20 +37,21 @@ def _case(name: str, title: str, clipped: bool, ratio: float) -> Case:
         initial, gradients = (
             _sharded([torch.randn(NUMEL, generator=generator) * size for _ in range(COUNT)]) for size in (0.02, 0.01)
         )
-        makes = {"torch fused": partial(AdamW, fused=True), "torch default": AdamW}
+        makes = stock(AdamW)
         if not clipped:
             makes["fusedopt"] = fused.AdamW
             return [contender(label, make, by_torch(AdamW), initial, gradients) for label, make in makes.items()]
-        stock = [
+        by_hand = [
             contender(label, make, by_torch(AdamW), initial, [g.clone() for g in gradients], clip_and_step, coefficient)
             for label, make in makes.items()
         ]
         ours = partial(fused.AdamW, max_norm=MAX_NORM)
-        return [*stock, contender("fusedopt", ours, by_torch(AdamW), initial, gradients, factor=coefficient)]
+        return [*by_hand, contender("fusedopt", ours, by_torch(AdamW), initial, gradients, factor=coefficient)]
 
     limit = CLIPPED_LIMIT if clipped else LIMIT
     nbytes = COUNT * NUMEL * (32 if clipped else 28)
-    return Case(name, title, nbytes, limit, build, (Target("fusedopt", "torch fused", ratio),), in_a_row=10)
+    targets = (Target("fusedopt", "torch fused", ratio),)
+    return Case(name, title, nbytes, limit, build, partial(ceilings.memory, nbytes), targets, in_a_row=10, cache="warm")
 
 
 def cases(suite: str) -> list[Case]:

@@ -1,9 +1,11 @@
-"""The whole step as a training loop takes it: clip by the global norm, update, average; and from 8-bit states."""
+"""The whole step as a training loop takes it: unscale, clip by the global norm, update, average; from 8-bit states."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +14,17 @@ from torch.optim import AdamW, Optimizer
 
 from fusedopt import optim as fused
 
-from . import peers
-from .cases_optim import GPT2_SMALL, Build, Oracle, by_torch, contender, local
-from .runner import STREAM, Case, Contender, Target, relative_error
+from . import ceilings, peers
+from .cases_optim import DTYPES, Build, Oracle, by_torch, contender, local, shapes_of, stock
+from .runner import Case, Contender, Target, compiler_here, relative_error
+from .shapes import TITLES, Shape, numel
 
 MAX_NORM = 1.0
 DECAY = 0.999
 # Stock sums the squares in float32: the norm of 124 M elements, and with it every update, is off by 4e-4 of itself.
 LIMIT = 8192.0
 CODES_LIMIT = 32.0  # arithmetic on states that are good to a hundredth may be good to 4e-6
-
-
-FOUR_MILLION = [(1024, 1024)] * 4  # as much as a peer on the CPU does in half a second
+SIXTEEN_MILLION = [(1024, 1024)] * 16  # as much as a peer on the CPU does in half a second
 
 
 def coefficient(gradients: list[Tensor]) -> float:
@@ -36,14 +37,56 @@ def clip_and_step(optimizer: Optimizer, params: list[Tensor]) -> None:
     optimizer.step()
 
 
-def clip_step_and_average(optimizer: Optimizer, params: list[Tensor]) -> None:
-    clip_and_step(optimizer, params)
+def average(optimizer: Optimizer, params: list[Tensor]) -> None:
     states = [optimizer.state[p] for p in params]
     for p, state in zip(params, states, strict=True):
         if "ema" not in state:  # beside stock's own, where the check looks
             state["ema"] = p.detach().clone()
     with torch.no_grad():
         torch._foreach_lerp_([state["ema"] for state in states], params, 1 - DECAY)
+
+
+Step = Callable[[Optimizer, list[Tensor]], Any]
+
+
+def by_hand(amp: bool, ema: bool) -> Step:
+    """The loop around a stock optimizer."""
+    scaler = scaling()
+
+    def step(optimizer: Optimizer, params: list[Tensor]) -> None:
+        if amp:
+            scaler.unscale_(optimizer)
+        clip_grad_norm_(params, MAX_NORM)
+        if amp:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        if ema:
+            average(optimizer, params)
+
+    return step
+
+
+def by_us(amp: bool) -> Step:
+    """All of it is options of the optimizer."""
+    scaler = scaling()
+
+    def step(optimizer: Optimizer, params: list[Tensor]) -> None:
+        if amp:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+
+    return step
+
+
+def scaling() -> torch.amp.GradScaler:
+    """By 1: the gradients are there once and must not shrink from run to run."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1 << 30)
+    scaler.scale(torch.ones(()))
+    return scaler
 
 
 def averaged(oracle: Oracle) -> Oracle:
@@ -55,10 +98,20 @@ def averaged(oracle: Oracle) -> Oracle:
     return step
 
 
+class Compiled:
+    """Clipping and update compiled as one."""
+
+    def __init__(self, params: list[Tensor]):
+        self.optimizer = AdamW(params, lr=torch.tensor(1e-3))
+        self.state = self.optimizer.state
+        self.step = torch.compile(partial(clip_and_step, self.optimizer, params))
+
+
 def case(
-    name: str, title: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, *targets: Target, ema: bool = False
-) -> Case:
-    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    model: str, dtype_name: str, *targets: Target, amp: bool = False, ema: bool = False, compiled: bool = False,
+    quick: bool = True,
+) -> Case:  # fmt: skip
+    shapes, dtype = shapes_of(model), DTYPES[dtype_name]
 
     def build(quick: bool) -> list[Contender]:
         generator = torch.Generator().manual_seed(0)
@@ -66,22 +119,31 @@ def case(
             [(torch.randn(shape, generator=generator) * size).to(dtype) for shape in shapes] for size in (0.02, 0.01)
         )
         oracle = averaged(by_torch(AdamW)) if ema else by_torch(AdamW)
-        by_hand = clip_step_and_average if ema else clip_and_step
+        makes = {name: (make, by_hand(amp, ema)) for name, make in stock(AdamW).items()}
+        if compiled and not quick and compiler_here():
+            makes["torch compiled"] = Compiled, by_us(amp=False)
         contenders = [
-            contender(label, make, oracle, initial, [g.clone() for g in gradients], by_hand, coefficient)
-            for label, make in (("torch fused", partial(AdamW, fused=True)), ("torch default", AdamW))
+            contender(label, make, oracle, initial, [g.clone() for g in gradients], step, coefficient)
+            for label, (make, step) in makes.items()
         ]
         ours = partial(fused.AdamW, max_norm=MAX_NORM, ema_decay=DECAY if ema else None)
-        return [*contenders, contender("fusedopt", ours, oracle, initial, gradients, factor=coefficient)]
+        return [*contenders, contender("fusedopt", ours, oracle, initial, gradients, by_us(amp), coefficient)]
 
     # read the gradients once for their norm; then as the step alone, and the average read and written
-    return Case(name, title, numel * (8 * dtype.itemsize + (8 if ema else 0)), LIMIT, build, targets)
+    each = 8 * dtype.itemsize + (8 if ema else 0)
+    nbytes = numel(shapes) * each
+    contenders = 4 + compiled
+    memory = numel(shapes) * ((4 * contenders + 2) * dtype.itemsize + (4 * contenders if ema else 0)) + nbytes
+    work = [*(["unscale"] if amp else []), "clip", "AdamW", *(["EMA"] if ema else [])]
+    name = "-".join([*(word.lower() for word in work), model, dtype_name])
+    title = f"{' + '.join(work)}, {TITLES[model]}, {dtype_name}"
+    return Case(name, title, nbytes, LIMIT, build, partial(ceilings.memory, nbytes), targets, dtype_name,
+                memory=memory, quick=quick)  # fmt: skip
 
 
-def of_codes(name: str, title: str, shapes: list[tuple[int, ...]], contenders: dict[str, Build], *targets: Target,
+def of_codes(name: str, title: str, shapes: list[Shape], contenders: dict[str, Build], *targets: Target,
              others: peers.Peers) -> Case:  # fmt: skip
     """8-bit states. What an optimizer keeps in them differs, so that its first step is what is checked."""
-    numel = sum(torch.Size(shape).numel() for shape in shapes)
 
     def build(quick: bool) -> list[Contender]:
         generator = torch.Generator().manual_seed(0)
@@ -106,21 +168,24 @@ def of_codes(name: str, title: str, shapes: list[tuple[int, ...]], contenders: d
         return [Contender(label, steps(make).step, partial(first_step, make)) for label, make in makes.items()]
 
     # parameter and gradient read, parameter written, two codes read and written
-    return Case(name, title, numel * 16, CODES_LIMIT, build, targets, absent=partial(peers.absent, others))
+    nbytes = numel(shapes) * 16
+    return Case(name, title, nbytes, CODES_LIMIT, build, partial(ceilings.memory, nbytes), targets,
+                absent=partial(peers.absent, others), memory=numel(shapes) * 12 * (2 + len(others)))  # fmt: skip
 
 
 def cases() -> list[Case]:
     ours = partial(fused.AdamW, state_dtype="8bit")
-    faster, near = Target("fusedopt", "torch fused", 1.5), Target("fusedopt", STREAM, 0.9)
+    faster, near = partial(Target, "fusedopt", "torch fused"), Target("fusedopt", ceilings.STREAM, 0.9)
     return [
-        case("clip-adamw-gpt2-small-f32", "clip + AdamW, GPT-2 small, f32", GPT2_SMALL, torch.float32, faster, near),
-        case("clip-adamw-gpt2-small-bf16", "clip + AdamW, GPT-2 small, bf16", GPT2_SMALL, torch.bfloat16),
-        case("clip-adamw-ema-gpt2-small-f32", "clip + AdamW + EMA, GPT-2 small, f32", GPT2_SMALL, torch.float32,
-             Target("fusedopt", "torch fused", 1.6), near, ema=True),
-        of_codes("adamw-8bit-gpt2-small-f32", "AdamW, 8-bit states, GPT-2 small, f32", GPT2_SMALL,
+        case("gpt2-small", "f32", faster(1.5), near, compiled=True),
+        case("gpt2-small", "bf16"),
+        case("gpt2-small", "f32", faster(1.6), near, ema=True, quick=False),
+        case("gpt2-small", "f32", amp=True, ema=True, quick=False),
+        case("vit-tiny", "f32"),
+        of_codes("adamw-8bit-gpt2-small-f32", "AdamW, 8-bit states, GPT-2 small, f32", shapes_of("gpt2-small"),
                  {"fusedopt, f32 states": fused.AdamW, "fusedopt": ours},
                  Target("fusedopt", "fusedopt, f32 states", 1.0), others={}),
-        of_codes("adamw-8bit-4m-f32", "AdamW, 8-bit states, 4 M parameters, f32", FOUR_MILLION,
+        of_codes("adamw-8bit-16m-f32", "AdamW, 8-bit states, 16 M parameters, f32", SIXTEEN_MILLION,
                  {"fusedopt": ours}, *(Target("fusedopt", name, 2.0) for name in peers.ADAMW_8BIT),
                  others=peers.ADAMW_8BIT),
     ]  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import report, store
+from . import store
 from .ddp_report import OPTIMIZERS, PLOT, TITLES, caption, latest, parts
 from .ddp_split import CLIPPED, NO_COMMUNICATION, NO_OPTIMIZER, PARTS
+from .tables import by_case, where
 
 # greys for what is the same for all, colours for what an optimizer adds (Okabe and Ito's)
 COLOURS = {
@@ -27,7 +28,7 @@ def draw(folder: Path) -> None:
     from matplotlib.patches import Patch
 
     rows = latest(store.read(folder / "ddp.jsonl"))
-    grouped = report.by_case(rows)
+    grouped = by_case(rows)
     if not grouped:
         return
     lines = -(-(len(grouped) + 1) // 2)
@@ -68,7 +69,7 @@ def draw(folder: Path) -> None:
     first = rows[0]
     fig.suptitle(
         f"AdamW on {first['ranks']} ranks, {first['parameters'] / 1e6:.1f} M parameters; medians of interleaved steps. "
-        f"{report.where(first)}, torch {first['torch']}\n{caption(first)}",
+        f"{where(first)}, torch {first['torch']}\n{caption(first)}",
         fontsize=10,
     )
     fig.savefig(folder / PLOT)

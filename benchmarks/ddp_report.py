@@ -9,8 +9,9 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from . import report, store
+from . import store
 from .ddp_split import CLIPPED, NO_COMMUNICATION, NO_OPTIMIZER, PARTS
+from .tables import by_case, markdown, provenance
 
 Row = dict[str, Any]
 OPTIMIZERS = ("torch default", "torch foreach", "torch fused", "fusedopt")
@@ -70,7 +71,7 @@ def terminal(suite: str, rows: list[Row]) -> Group:
         "MiB",
     )
     tables = []
-    for contenders in report.by_case(rows).values():
+    for contenders in by_case(rows).values():
         first = next(iter(contenders.values()))
         table = Table(title=f"[bold]{title(first)}[/]: {counted(first)}", title_justify="left")
         table.add_column("contender", no_wrap=True)
@@ -117,7 +118,7 @@ def cell(row: Row | None, text: str) -> str:
 def exposed(rows: list[Row]) -> str:
     """Exposed optimizer time of each contender, and its share of the step."""
     lines = []
-    for contenders in report.by_case(rows).values():
+    for contenders in by_case(rows).values():
         plain = contenders.get(NO_OPTIMIZER)
         if plain is None:
             continue
@@ -131,13 +132,13 @@ def exposed(rows: list[Row]) -> str:
                     text = f"{ms:.2f} ms, {ms / row['median_ms']:.0%}"
                 cells.append(cell(row, text))
             lines.append([TITLES[plain["wrapping"]], "yes" if clip else "no", f"{plain['median_ms']:.1f} ms", *cells])
-    return report.markdown(["exposed optimizer time", "clipped", "step without it", *OPTIMIZERS], lines)
+    return markdown(["exposed optimizer time", "clipped", "step without it", *OPTIMIZERS], lines)
 
 
 def split(rows: list[Row]) -> str:
     """The clipped step of torch's fastest and ours, part by part."""
     lines = []
-    for contenders in report.by_case(rows).values():
+    for contenders in by_case(rows).values():
         for name in ("torch fused", "fusedopt"):
             row = contenders.get(name + CLIPPED)
             if row is not None and "median_ms" in row:
@@ -147,7 +148,7 @@ def split(rows: list[Row]) -> str:
                 lines.append([TITLES[row["wrapping"]], cell(row, name), spread, *cells, *more])
     header = ["clipped, ms", "contender", "step (p20 to p80)", "forward", "backward", "exposed communication"]
     header += ["norm and clip", "optimizer", "host time", "tokens/s per rank", "peak MiB"]
-    return report.markdown(header, lines)
+    return markdown(header, lines)
 
 
 def calls(row: Row) -> int:
@@ -157,7 +158,7 @@ def calls(row: Row) -> int:
 def communication(rows: list[Row]) -> str:
     """Collectives of a step, counted, and how much of them is hidden."""
     lines = []
-    for contenders in report.by_case(rows).values():
+    for contenders in by_case(rows).values():
         row = contenders.get(NO_OPTIMIZER)
         if row is None:
             continue
@@ -171,7 +172,7 @@ def communication(rows: list[Row]) -> str:
             norms.append(str(calls(pair[1]) - calls(pair[0])) if all("collectives" in one for one in pair) else "")
         lines.append([TITLES[row["wrapping"]], cells[0], cells[1], *cells[2:], size(row["sent_bytes"]), *times, *norms])
     header = ["collectives of a step", *KINDS, "sent per rank", "exposed", "hidden", "for torch's norm", "for ours"]
-    return report.markdown(header, lines)
+    return markdown(header, lines)
 
 
 def scaling(rows: list[Row]) -> str:
@@ -193,7 +194,7 @@ def scaling(rows: list[Row]) -> str:
             if found:
                 lines.append([TITLES[wrapping], name, *cells])
     names = [f"{'strong' if strong else 'weak'}, {n} rank{'s' if n > 1 else ''}" for strong, n in cases]
-    return report.markdown(["tokens/s per rank, clipped", "contender", *names], lines)
+    return markdown(["tokens/s per rank, clipped", "contender", *names], lines)
 
 
 def block(folder: Path, shown: str) -> str:
@@ -207,7 +208,7 @@ def block(folder: Path, shown: str) -> str:
     image = f"![Steps split]({shown}/{PLOT})" if (folder / PLOT).exists() else ""
     tables = [exposed(main), split(main), communication(main), scaling(rows)]
     command = "ddp --scaling" if any(row["ranks"] != main[0]["ranks"] for row in rows) else "ddp"
-    return "\n\n".join(filter(None, [about + caption(main[0]), *tables, report.provenance(command, rows), image]))
+    return "\n\n".join(filter(None, [about + caption(main[0]), *tables, provenance(command, rows), image]))
 
 
 def parts(row: Row) -> list[float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,9 @@ def claim(row: dict[str, Any]) -> list[str]:
     return [TITLE, f"{each:.3f} us a tensor", f"<= {LIMIT_MICROSECONDS:g} us: {reached}"]
 
 
-def measure(quick: bool, keep: Callable[[list[dict[str, Any]]], None], tell: Callable[[str], None]) -> None:
+def measure(
+    args: argparse.Namespace, out: Path, keep: Callable[[list[dict[str, Any]]], None], tell: Callable[[str], None]
+) -> None:
     """Step in a process that holds the simulated library; hand the row to `keep`.
 
     Raises:
@@ -38,7 +42,7 @@ def measure(quick: bool, keep: Callable[[list[dict[str, Any]]], None], tell: Cal
     tell("building the simulated GPU")
     library = build.build("plain", "_native.so")
     tell("stepping")
-    command = [sys.executable, ROOT / "tests/simt/host.py", library, str(TENSORS), str(100 if quick else 5000)]
+    command = [sys.executable, ROOT / "tests/simt/host.py", library, str(TENSORS), str(100 if args.quick else 5000)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"tests/simt/host.py failed:\n{run.stderr}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -78,12 +79,14 @@ def _install_once(folder: Path) -> tuple[float, float]:
     return seconds, float(probe.stdout)
 
 
-def measure(quick: bool, keep: Callable[[list[dict[str, Any]]], None], tell: Callable[[str], None]) -> None:
+def measure(
+    args: argparse.Namespace, out: Path, keep: Callable[[list[dict[str, Any]]], None], tell: Callable[[str], None]
+) -> None:
     """Install once if quick, three times if not; hand the row to `keep`, after Ctrl-C too."""
     times: list[float] = []
     error = 0.0
     try:
-        for i in range(1 if quick else 3):
+        for i in range(1 if args.quick else 3):
             tell(f"installation {i + 1}")
             with tempfile.TemporaryDirectory() as folder:
                 seconds, one_error = _install_once(Path(folder))

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +24,28 @@ def cpu_model() -> str:
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def last_cache_bytes() -> int:
+    """Of the largest cache that the first core sees; 32 MiB where the system does not tell."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    texts = [path.read_text().strip() for path in sizes]
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=32 << 20)
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that can be allocated: the GPU's, or what Linux tells; elsewhere there is no telling."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
+
+
+def allocator() -> str:
+    """How torch gets its memory on this CPU: the setting counts when torch is imported."""
+    return "huge pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "as installed"
 
 
 def slug(device: str = "cpu") -> str:
@@ -67,6 +90,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
+        **({"allocator": allocator()} if device == "cpu" else {}),
         "torch": torch.__version__,
         "fusedopt": __version__,
         "python": platform.python_version(),

@@ -10,9 +10,10 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from . import report, store
+from . import store
 from .ddp_report import TITLES
 from .project_model import CONTENDERS, WRAPPINGS
+from .tables import digits, markdown, provenance
 
 Row = dict[str, Any]
 PLOT = "project.png"
@@ -49,7 +50,7 @@ def lines(rows: list[Row]) -> list[list[str]]:
         cells = []
         for n in SHOWN:
             at = row["ranks"].index(n)
-            cells.append(f"{report.digits(row['exposed_ms'][at])} ms {row['share'][at]:.1%}")
+            cells.append(f"{digits(row['exposed_ms'][at])} ms {row['share'][at]:.1%}")
         sent = f"{row['sent_bytes_per_parameter']:.2f}"
         told = [str(row["calls"]), str(row["norm_calls"]), sent, f"{row['host_us']:.2f} us"]
         found.append([row["case"], row["contender"], *told, *cells])
@@ -113,11 +114,11 @@ def block(folder: Path, shown: str) -> str:
         " Of each wrapping the collectives of a step, those for the norm, the bytes that a rank sends per parameter, "
         "the host time of clipping and step() per tensor; and what is exposed, with its share of the step."
     )
-    table = report.markdown(header(main), lines(main))
+    table = markdown(header(main), lines(main))
     return "\n\n".join(
         filter(
             None,
-            [title + assumptions(main[0]) + legend, table, accuracy(checks), report.provenance("project", main), image],
+            [title + assumptions(main[0]) + legend, table, accuracy(checks), provenance("project", main), image],
         )
     )
 

@@ -5,67 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from fusedopt.train.report import LABELS
 
-from . import (
-    cases_linear_loss,
-    cases_linear_loss_gpu,
-    cases_loss,
-    cases_loss_dense,
-    cases_loss_gpu,
-    cases_optim,
-    cases_optim_gpu,
-    cases_shared,
-    cases_step,
-    codes,
-    host,
-    install,
-    modes,
-    store,
-)
-from .runner import STREAM, Case
-
-Row = dict[str, Any]
-OURS = ("fusedopt", "fusedopt triton", "fusedopt inplace")
-
-
-SINGLE = {"install": install, "host": host}  # suites of one row, measured in a way of their own
-STUDIES = {"modes": modes, "codes": codes}  # training runs
-
-
-def registry(suite: str, device: str | None = None) -> list[Case]:
-    """The cases of a suite, of one device or of all."""
-    sources = {
-        "optim": (cases_optim, cases_optim_gpu),
-        "step": (cases_step,),
-        "loss": (cases_loss, cases_loss_dense, cases_loss_gpu),
-        "linear_loss": (cases_linear_loss, cases_linear_loss_gpu),
-    }.get(suite, ())
-    found = [case for source in sources for case in source.cases()]
-    found += cases_shared.cases(suite) if suite in ("optim", "step") else []
-    return [case for case in found if device in (None, case.device)]
-
-
-def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """case -> contender -> row, in the order of the rows."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(row["case"], {})[row["contender"]] = row
-    return found
-
-
-def digits(value: float) -> str:
-    """Three significant digits, and all that stand before the point."""
-    return f"{value:#.3g}".rstrip(".") if value < 100 else f"{value:.0f}"
-
-
-def ratio(row: Row, ours: Row, figure: str = "median_ms") -> float:
-    """How many times as long as ours."""
-    return row[figure] / ours[figure]
+from . import store
+from .registry import COMPARED, SINGLE, STUDIES, registry
+from .runner import Case
+from .tables import CEILINGS, OURS, Row, by_case, digits, fraction, markdown, named, provenance, ratio, speed, timed
 
 
 def terminal(suite: str, rows: list[Row]) -> Table:
@@ -74,17 +22,20 @@ def terminal(suite: str, rows: list[Row]) -> Table:
     ours = [name for name in OURS if any(name in contenders for contenders in grouped.values())]
     table = Table(title=f"{suite}: median, middle 60 %, and each contender's time over ours", title_justify="left")
     table.add_column("case / contender", no_wrap=True)
-    for heading in ("ms", "p20", "p80", "GB/s", "of stream", "error, eps", "verdict", *(f"/ {name}" for name in ours)):
+    for heading in ("ms", "p20", "p80", "speed", "of ceiling", "error, eps", "verdict", *(f"/ {n}" for n in ours)):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, contenders in grouped.items():
         table.add_section()
         table.add_row(f"[bold]{name}")
         for row in contenders.values():
-            cells = [digits(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")]
-            cells += [f"{row['gb_per_s']:.1f}", f"{row['ceiling_fraction']:.0%}"] if row["bytes"] else ["", ""]
             verdict = row["verdict"] if row["verdict"] == "ok" else f"[bold red]{row['verdict']}"
+            if row["median_ms"] is None:
+                table.add_row("  " + row["contender"], *[""] * 6, verdict)
+                continue
+            cells = [digits(row[key]) if key in row else "" for key in ("median_ms", "p20_ms", "p80_ms")]
+            cells += [speed(row), fraction(row) if "ceiling_fraction" in row else ""]
             ratios = [f"{ratio(row, contenders[o]):.2f}" if o in contenders else "" for o in ours]
-            table.add_row("  " + row["contender"], *cells, str(row["error"]), verdict, *ratios)
+            table.add_row("  " + row["contender"], *cells, f"{row['error']:.3g}", verdict, *ratios)
     return table
 
 
@@ -99,78 +50,47 @@ def terminal_study(suite: str, rows: list[Row]) -> Table:
     return table
 
 
-def named(row: Row) -> str:
-    return row["contender"] + ("" if row["verdict"] == "ok" else " (**wrong**)")
-
-
 def comparisons(case: Case, contenders: dict[str, Row]) -> Iterator[list[str]]:
-    """README rows of a case: each of torch's contenders against each of ours, and what was asked for."""
+    """README rows of a case: what was asked for, and the fastest of the others, whoever that is."""
+    present = timed(contenders)
     required = {(t.figure, t.against, t.ours): t.ratio for t in case.targets}
     for figure in ("median_ms", "host_ms"):
-        for ours in filter(contenders.get, OURS):
-            for against in contenders:
+        for ours in filter(present.get, OURS):
+            others = [name for name in present if name not in (*OURS, *CEILINGS) and figure in present[name]]
+            fastest = min(others, key=lambda name: present[name][figure], default=None)
+            for against in present:
                 wanted = required.get((figure, against, ours))
-                aside = figure == "host_ms" or (against == STREAM and len(contenders) > 2)  # shown where it is claimed
-                if against in OURS or (aside and wanted is None):
+                if against in OURS or (wanted is None and (figure == "host_ms" or against != fastest)):
                     continue
-                stock, mine = contenders[against], contenders[ours]
-                got = ratio(stock, mine, figure)
+                other, mine = present[against], present[ours]
+                got = ratio(other, mine, figure)
                 yield [
                     case.title + (", host time" if figure == "host_ms" else ""),
-                    named(stock),
+                    named(other),
                     named(mine),
-                    f"{digits(stock[figure])} ms",
+                    f"{digits(other[figure])} ms",
                     f"{digits(mine[figure])} ms",
+                    fraction(mine) if figure == "median_ms" else "",
                     f"{got:.2f}x",
                     "" if wanted is None else f"{wanted:g}x: {'reached' if got >= wanted else 'not reached'}",
                 ]
-    yield from peaks(case, contenders)
+    yield from peaks(case, present)
 
 
 def peaks(case: Case, contenders: dict[str, Row]) -> Iterator[list[str]]:
-    """README rows of the memory that a case takes, where that was counted."""
-    ours = next((contenders[name] for name in OURS if "peak_mib" in contenders.get(name, {})), None)
+    """README rows of the memory that a case takes, where there is an allowance."""
+    ours = next((contenders[name] for name in OURS if "allowed_mib" in contenders.get(name, {})), None)
     if ours is None:
         return
     title, mine = f"{case.title}, peak memory", f"{ours['peak_mib']:.0f} MiB"
-    for row in contenders.values():
-        if "peak_mib" in row and row is not ours:
+    for name, row in contenders.items():
+        if row is not ours and name not in CEILINGS and "peak_mib" in row:
             got = f"{row['peak_mib'] / ours['peak_mib']:.2f}x"
-            yield [title, named(row), named(ours), f"{row['peak_mib']:.0f} MiB", mine, got, ""]
+            yield [title, named(row), named(ours), f"{row['peak_mib']:.0f} MiB", mine, "", got, ""]
     allowed = ours["allowed_mib"]
     reached = "reached" if ours["peak_mib"] <= allowed else "not reached"
-    yield [
-        title,
-        "allowed",
-        named(ours),
-        f"{allowed:.0f} MiB",
-        mine,
-        f"{allowed / ours['peak_mib']:.2f}x",
-        f"1x: {reached}",
-    ]
-
-
-def markdown(header: list[str], rows: list[list[str]], words: int = 3) -> str:
-    """A table; figures, which follow the first columns of `words`, to the right."""
-    rule = ["---" if i < words else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
-
-
-def where(row: Row) -> str:
-    if "gpu" in row:
-        return f"{row['gpu']}, driver {row['driver']}, CUDA {row['cuda']}"
-    return f"{row['machine']}, {row['cores']} cores, {row['threads']} threads ({row['instruction_set']})"
-
-
-def provenance(suite: str, rows: list[Row]) -> str:
-    """Machine, versions, date and the command; one line for each way in which the rows differ."""
-    lines = dict.fromkeys(
-        f"{where(r)}; torch {r['torch']}, "
-        f"fusedopt {r['fusedopt']} at {r['commit']}, Python {r['python']}; {r['date']}; `python -m benchmarks {suite}`"
-        + (f"; not installed: {', '.join(r['absent'])}" if "absent" in r else "")
-        for r in rows
-    )
-    return "\n\n".join(lines)
+    got = f"{allowed / ours['peak_mib']:.2f}x"
+    yield [title, "allowed", named(ours), f"{allowed:.0f} MiB", mine, "", got, f"1x: {reached}"]
 
 
 def suite_block(suite: str, folder: Path) -> str:
@@ -184,15 +104,29 @@ def suite_block(suite: str, folder: Path) -> str:
     elif suite in SINGLE:
         table = markdown(["what", "time", "required"], [SINGLE[suite].claim(rows[0])])
     else:
+        assert suite in COMPARED
         grouped = by_case(rows)
-        cells = [line for case in registry(suite) for line in comparisons(case, grouped.get(case.name, {}))]
-        table = markdown(["case", "against", "ours", "its time", "our time", "ratio", "required"], cells)
+        told = [case for case in registry(suite) if not case.sweep]
+        cells = [line for case in told for line in comparisons(case, grouped.get(case.name, {}))]
+        header = ["case", "against", "ours", "its time", "our time", "ours of ceiling", "ratio", "required"]
+        table = markdown(header, cells)
     return f"{table}\n\n{provenance(suite, rows)}"
 
 
 def plot_block(folder: Path, shown: str) -> str:
-    """The summary plot; `shown` is the folder as the README sees it."""
-    return f"![Times of every contender]({shown}/summary.png)" if (folder / "summary.png").exists() else ""
+    """The plots of the suites and of the curves; `shown` is the folder as the page sees it."""
+    images = [name for name in PLOTS if (folder / name).exists()]
+    return "\n".join(f"![{PLOTS[name]}]({shown}/{name})" for name in images)
+
+
+PLOTS = {
+    "optim.png": "Optimizer steps: time of every contender, and the ceiling",
+    "step.png": "Whole steps: time of every contender, and the ceiling",
+    "loss.png": "Losses: time of every contender, and the ceiling",
+    "linear_loss.png": "Head and loss: time of every contender, and the ceiling",
+    "tensors.png": "Time of a step against the number of tensors",
+    "vocabulary.png": "Time of cross entropy against the vocabulary",
+}
 
 
 def train_block(folder: Path, shown: str, run: str = "train") -> str:

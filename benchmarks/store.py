@@ -9,15 +9,21 @@ from typing import Any
 
 from . import ddp_split, project_model
 
-SUITES = ("optim", "step", "loss", "linear_loss", "host", "install", "ddp", "project")
+SUITES = ("optim", "step", "loss", "linear_loss", "host", "install", "train", "ddp", "project")
 STUDIES = ("modes", "codes")  # training runs that take many minutes: each only when asked for by name
 UNITS = {
     "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
     "bytes": "that must move, read and write each counted",
-    "gb_per_s": "bytes / median",
+    "gb_per_s, tflop_per_s": "bytes, or floating-point operations of the matrix products, / median",
+    "cache": "memory: the data are far larger than it; warm: runs in a row on data that stay in it; cold: it is "
+    "emptied before each run",
+    "allocator": "huge pages: THP_MEM_ALLOC_ENABLE=1",
     "host_ms": "on a GPU: median time until the call returns; median_ms is the longer of host and device",
-    "ceiling_ms": "median of the in-place stream (GPU: copy) over as many bytes, or of the matrix products alone; it "
-    "takes turns with the contenders",
+    "ceiling_ms": "median of what `ceiling` names, which takes turns with the contenders: stream, a multiplication in "
+    "place over as many bytes; copy, into memory that is there already; three products, without the loss",
+    "launches": "kernels, copies and fills that a run puts on the GPU",
+    "sweep": "of a curve: what grows, and how large it is here",
+    "version": "of another library; torch's and fusedopt's stand in every row",
     "ceiling_fraction": "ceiling_ms / median_ms",
     "peak_mib, allowed_mib": "the most that was allocated at once, beyond the inputs; and what ours may take",
     "absent": "peers that would have taken part if they had been installed",

@@ -9,7 +9,7 @@ for extra in ("matplotlib", "rich", "tokenizers"):
     pytest.importorskip(extra)
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import codes, modes, readme, report, store  # noqa: E402
+from benchmarks import codes, modes, readme, registry, store  # noqa: E402
 from fusedopt.optim import codes as fused_codes  # noqa: E402
 
 TINY = {"tokenizer": "bytes", "vocab_size": 256, "layers": 1, "dim": 16, "heads": 4, "seq_len": 16, "batch_size": 2}
@@ -207,7 +207,7 @@ def test_table_of_the_codes_is_of_differences():
 
 
 def test_studies_are_registered_and_not_part_of_all():
-    assert set(report.STUDIES) == set(store.STUDIES)
+    assert set(registry.STUDIES) == set(store.STUDIES)
     assert not set(store.STUDIES) & set(store.SUITES)
-    for study in report.STUDIES.values():
+    for study in registry.STUDIES.values():
         assert len(set(study.cases())) == len(study.cases()) and set(study.cases(True)) <= set(study.cases())
