@@ -20,6 +20,7 @@ from .runner import Case, Contender, Target, compiler_here, relative_error
 from .shapes import TITLES, Shape, numel
 
 MAX_NORM = 1.0
+IN_A_ROW = {"cpu": 1, "cuda": 10}  # as in training nobody waits for a step before the next is queued
 DECAY = 0.999
 # Stock sums the squares in float32: the norm of 124 M elements, and with it every update, is off by 4e-4 of itself.
 LIMIT = 8192.0
@@ -49,9 +50,9 @@ def average(optimizer: Optimizer, params: list[Tensor]) -> None:
 Step = Callable[[Optimizer, list[Tensor]], Any]
 
 
-def by_hand(amp: bool, ema: bool) -> Step:
+def by_hand(amp: bool, ema: bool, device: str = "cpu") -> Step:
     """The loop around a stock optimizer."""
-    scaler = scaling()
+    scaler = scaling(device)
 
     def step(optimizer: Optimizer, params: list[Tensor]) -> None:
         if amp:
@@ -68,9 +69,9 @@ def by_hand(amp: bool, ema: bool) -> Step:
     return step
 
 
-def by_us(amp: bool) -> Step:
+def by_us(amp: bool, device: str = "cpu") -> Step:
     """All of it is options of the optimizer."""
-    scaler = scaling()
+    scaler = scaling(device)
 
     def step(optimizer: Optimizer, params: list[Tensor]) -> None:
         if amp:
@@ -82,10 +83,10 @@ def by_us(amp: bool) -> Step:
     return step
 
 
-def scaling() -> torch.amp.GradScaler:
+def scaling(device: str) -> torch.amp.GradScaler:
     """By 1: the gradients are there once and must not shrink from run to run."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1 << 30)
-    scaler.scale(torch.ones(()))
+    scaler = torch.amp.GradScaler(device, init_scale=1.0, growth_interval=1 << 30)
+    scaler.scale(torch.ones((), device=device))
     return scaler
 
 
@@ -109,17 +110,18 @@ class Compiled:
 
 def case(
     model: str, dtype_name: str, *targets: Target, amp: bool = False, ema: bool = False, compiled: bool = False,
-    quick: bool = True,
+    quick: bool = True, device: str = "cpu",
 ) -> Case:  # fmt: skip
     shapes, dtype = shapes_of(model), DTYPES[dtype_name]
 
     def build(quick: bool) -> list[Contender]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         initial, gradients = (
-            [(torch.randn(shape, generator=generator) * size).to(dtype) for shape in shapes] for size in (0.02, 0.01)
+            [(torch.randn(shape, generator=generator, device=device) * size).to(dtype) for shape in shapes]
+            for size in (0.02, 0.01)
         )
         oracle = averaged(by_torch(AdamW)) if ema else by_torch(AdamW)
-        makes = {name: (make, by_hand(amp, ema)) for name, make in stock(AdamW).items()}
+        makes = {name: (make, by_hand(amp, ema, device)) for name, make in stock(AdamW).items()}
         if compiled and not quick and compiler_here():
             makes["torch compiled"] = Compiled, by_us(amp=False)
         contenders = [
@@ -127,7 +129,7 @@ def case(
             for label, (make, step) in makes.items()
         ]
         ours = partial(fused.AdamW, max_norm=MAX_NORM, ema_decay=DECAY if ema else None)
-        return [*contenders, contender("fusedopt", ours, oracle, initial, gradients, by_us(amp), coefficient)]
+        return [*contenders, contender("fusedopt", ours, oracle, initial, gradients, by_us(amp, device), coefficient)]
 
     # read the gradients once for their norm; then as the step alone, and the average read and written
     each = 8 * dtype.itemsize + (8 if ema else 0)
@@ -135,10 +137,10 @@ def case(
     contenders = 4 + compiled
     memory = numel(shapes) * ((4 * contenders + 2) * dtype.itemsize + (4 * contenders if ema else 0)) + nbytes
     work = [*(["unscale"] if amp else []), "clip", "AdamW", *(["EMA"] if ema else [])]
-    name = "-".join([*(word.lower() for word in work), model, dtype_name])
+    name = "-".join([*(["gpu"] if device == "cuda" else []), *(word.lower() for word in work), model, dtype_name])
     title = f"{' + '.join(work)}, {TITLES[model]}, {dtype_name}"
-    return Case(name, title, nbytes, LIMIT, build, partial(ceilings.memory, nbytes), targets, dtype_name,
-                memory=memory, quick=quick)  # fmt: skip
+    return Case(name, title, nbytes, LIMIT, build, partial(ceilings.memory, nbytes, device), targets, dtype_name,
+                device, in_a_row=IN_A_ROW[device], memory=memory, quick=quick)  # fmt: skip
 
 
 def of_codes(name: str, title: str, shapes: list[Shape], contenders: dict[str, Build], *targets: Target,
