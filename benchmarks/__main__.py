@@ -27,6 +27,7 @@ from . import (
     report,
     runner,
     store,
+    trial,
 )
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "install": "time of `pip install .`",
         "all": "all of these",
         "modes": "training at every precision: losses, bytes, times; an hour, and goes on where it was stopped",
+        "peers": "other libraries: which are to be had, run here and are right",
         "codes": "training from states in 8-bit codes of several kinds; goes on where it was stopped",
     }
     for name, text in about.items():
@@ -64,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--model", choices=ddp.SIZES, help="default: small, on GPUs gpt2, if quick tiny")
             command.add_argument("--scaling", action="store_true", help="fewer ranks too: weak and strong scaling")
             command.add_argument("--spawned", action="store_true", help=argparse.SUPPRESS)  # who spawned it will tell
+        if name == "peers":
+            trial.add_arguments(command)
         if name == "project":
             project.add_arguments(command)
     command = commands.add_parser("readme", help="write the tables of README.md from the data")

@@ -19,6 +19,7 @@ from .runner import Case, Contender, Target, compiler_here
 DEVICE = "cuda"
 SHAPES = [(8192, 4096, 128256), (4096, 4096, 128256), (8192, 2048, 32768)]
 DTYPE = torch.bfloat16
+PEERS = "linear-cross-entropy"  # their kind
 LIMIT = 64.0  # as on the CPU
 
 
@@ -36,7 +37,7 @@ def case(n: int, h: int, v: int) -> Case:
             torch._dynamo.reset()
             losses["torch compiled"] = torch.compile(lambda x, w, t: F.cross_entropy(F.linear(x, w), t), dynamic=False)
         losses |= {name: partial(linear_cross_entropy, backend=backend) for name, backend in ours().items()}
-        losses |= peers.installed(peers.LINEAR)
+        losses |= peers.found(PEERS, "cuda")
         with torch.device(DEVICE):  # where the oracle makes its indices
             expected = oracle(x, weight, target)
         return [contender(name, loss, x, weight, target, expected) for name, loss in losses.items()]
@@ -47,12 +48,12 @@ def case(n: int, h: int, v: int) -> Case:
         0,
         LIMIT,
         build,
-        (Target("fusedopt", PRODUCTS, round(1 / 1.12, 3)), Target("fusedopt", "liger", 2.0)),
+        (Target("fusedopt", PRODUCTS, round(1 / 1.12, 3)), Target("fusedopt", "liger linear", 2.0)),
         device=DEVICE,
         ceiling=lambda: three_products(*inputs()[:2]),
         # the gradients, the weight's sum in float32, and a chunk
         allowed_bytes=(n + v) * h * DTYPE.itemsize + v * h * 4 + chunks.DEVICE_CHUNK_BYTES,
-        absent=lambda: peers.absent(peers.LINEAR),
+        absent=lambda: peers.absent(PEERS, "cuda"),
     )
 
 

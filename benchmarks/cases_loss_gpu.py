@@ -23,6 +23,7 @@ ELEMENTS = cases_loss_dense.ELEMENTS
 DTYPES = cases_loss.DTYPES
 LIMIT = cases_loss.LIMIT
 CHECKED = 16  # rows of the gradient
+PEERS = "cross-entropy"  # their kind
 IN_A_ROW = 4  # as in training nobody waits for a loss before what follows is queued
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -76,14 +77,14 @@ def contenders(
     oracle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     checked: Callable[[Tensor], Tensor],
     quick: bool,
-    others: peers.Peers,
+    others: str = "",  # the kind of the peers that take part
 ) -> list[Contender]:
     losses: dict[str, Loss] = {"torch eager": stock}
     if compiler_here() and not quick:
         torch._dynamo.reset()  # it gives up on a function that it has compiled for eight shapes
         losses["torch compiled"] = torch.compile(stock, dynamic=False)
     losses |= {name: partial(fused, backend=backend) for name, backend in ours().items()}
-    found = peers.installed(others)
+    found = peers.found(others, "cuda")
     with torch.device(DEVICE):  # where an oracle makes its indices
         expected = oracle(input, target)
     return [
@@ -100,9 +101,7 @@ def rows_case(rows: int, classes: int, dtype_name: str) -> Case:
         logits = torch.randn(rows, classes, generator=generator, device=DEVICE).to(dtype)
         target = torch.randint(classes, (rows,), generator=generator, device=DEVICE)
         some = lambda grad: grad[cases_loss.checked(rows)]  # noqa: E731
-        return contenders(
-            F.cross_entropy, cross_entropy, logits, target, cases_loss.oracle, some, quick, peers.CROSS_ENTROPY
-        )
+        return contenders(F.cross_entropy, cross_entropy, logits, target, cases_loss.oracle, some, quick, PEERS)
 
     targets = [
         Target("fusedopt", "torch eager", 3.5),
@@ -120,7 +119,7 @@ def rows_case(rows: int, classes: int, dtype_name: str) -> Case:
         tuple(targets),
         IN_A_ROW,
         DEVICE,
-        absent=lambda: peers.absent(peers.CROSS_ENTROPY),
+        absent=lambda: peers.absent(PEERS, "cuda"),
     )
 
 
@@ -130,7 +129,7 @@ def images_case() -> Case:
         logits = torch.randn(IMAGES, generator=generator, device=DEVICE)
         target = torch.randint(IMAGES[1], (IMAGES[0], *IMAGES[2:]), generator=generator, device=DEVICE)
         oracle, some = cases_loss_dense.image_oracle, cases_loss_dense.first_pixels
-        return contenders(F.cross_entropy, cross_entropy, logits, target, oracle, some, quick, {})
+        return contenders(F.cross_entropy, cross_entropy, logits, target, oracle, some, quick)
 
     return Case(
         f"gpu-ce-images-{'x'.join(map(str, IMAGES))}-f32",
@@ -150,7 +149,7 @@ def mse_case(dtype_name: str) -> Case:
         generator = torch.Generator(DEVICE).manual_seed(0)
         input, target = (torch.randn(ELEMENTS, generator=generator, device=DEVICE).to(dtype) for _ in range(2))
         oracle, some = cases_loss_dense.mse_oracle, cases_loss_dense.first_elements
-        return contenders(F.mse_loss, mse_loss, input, target, oracle, some, quick, {})
+        return contenders(F.mse_loss, mse_loss, input, target, oracle, some, quick)
 
     return Case(
         f"gpu-mse-64M-{dtype_name}",

@@ -78,24 +78,27 @@ def case(
     return Case(name, title, numel * (8 * dtype.itemsize + (8 if ema else 0)), LIMIT, build, targets)
 
 
+def first_step_error(make: Build, device: str = "cpu") -> float:
+    """What an optimizer keeps in its codes differs, so that its first step is what is checked."""
+    generator = torch.Generator(device).manual_seed(0)
+    p = torch.randn(1 << 16, generator=generator, device=device) * 0.02
+    exact, p = p.double().requires_grad_(), p.requires_grad_()
+    p.grad = torch.randn(1 << 16, generator=generator, device=device) * 0.01
+    exact.grad = p.grad.double()
+    for optimizer in (make([p]), AdamW([exact], foreach=False)):
+        optimizer.step()
+    return relative_error(p.detach().double(), exact.detach(), torch.float32)
+
+
 def of_codes(name: str, title: str, shapes: list[tuple[int, ...]], contenders: dict[str, Build], *targets: Target,
-             others: peers.Peers) -> Case:  # fmt: skip
-    """8-bit states. What an optimizer keeps in them differs, so that its first step is what is checked."""
+             others: str = "") -> Case:  # fmt: skip
+    """8-bit states, ours and those of the peers of a kind."""
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
     def build(quick: bool) -> list[Contender]:
         generator = torch.Generator().manual_seed(0)
         gradients = [torch.randn(shape, generator=generator) * 0.01 for shape in shapes]
-        makes = {**peers.installed(others), **contenders}
-
-        def first_step(make: Build) -> float:
-            p = torch.randn(1 << 16, generator=generator) * 0.02
-            exact, p = p.double().requires_grad_(), p.requires_grad_()
-            p.grad = torch.randn(1 << 16, generator=generator) * 0.01
-            exact.grad = p.grad.double()
-            for optimizer in (make([p]), AdamW([exact], foreach=False)):
-                optimizer.step()
-            return relative_error(p.detach().double(), exact.detach(), torch.float32)
+        makes = {**peers.found(others, "cpu"), **contenders}
 
         def steps(make: Build) -> Optimizer:
             params = [torch.randn(shape, generator=generator) * 0.02 for shape in shapes]
@@ -103,10 +106,10 @@ def of_codes(name: str, title: str, shapes: list[tuple[int, ...]], contenders: d
                 p.grad = g
             return make(params)
 
-        return [Contender(label, steps(make).step, partial(first_step, make)) for label, make in makes.items()]
+        return [Contender(label, steps(make).step, partial(first_step_error, make)) for label, make in makes.items()]
 
     # parameter and gradient read, parameter written, two codes read and written
-    return Case(name, title, numel * 16, CODES_LIMIT, build, targets, absent=partial(peers.absent, others))
+    return Case(name, title, numel * 16, CODES_LIMIT, build, targets, absent=partial(peers.absent, others, "cpu"))
 
 
 def cases() -> list[Case]:
@@ -119,8 +122,8 @@ def cases() -> list[Case]:
              Target("fusedopt", "torch fused", 1.6), near, ema=True),
         of_codes("adamw-8bit-gpt2-small-f32", "AdamW, 8-bit states, GPT-2 small, f32", GPT2_SMALL,
                  {"fusedopt, f32 states": fused.AdamW, "fusedopt": ours},
-                 Target("fusedopt", "fusedopt, f32 states", 1.0), others={}),
+                 Target("fusedopt", "fusedopt, f32 states", 1.0)),
         of_codes("adamw-8bit-4m-f32", "AdamW, 8-bit states, 4 M parameters, f32", FOUR_MILLION,
-                 {"fusedopt": ours}, *(Target("fusedopt", name, 2.0) for name in peers.ADAMW_8BIT),
-                 others=peers.ADAMW_8BIT),
+                 {"fusedopt": ours}, *(Target("fusedopt", name, 2.0) for name in ("torchao", "bitsandbytes")),
+                 others="adamw-8bit"),
     ]  # fmt: skip

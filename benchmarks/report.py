@@ -26,6 +26,7 @@ from . import (
     install,
     modes,
     store,
+    trial,
 )
 from .runner import STREAM, Case
 
@@ -34,7 +35,7 @@ OURS = ("fusedopt", "fusedopt triton", "fusedopt inplace")
 
 
 SINGLE = {"install": install, "host": host}  # suites of one row, measured in a way of their own
-STUDIES = {"modes": modes, "codes": codes}  # training runs
+STUDIES = {"modes": modes, "codes": codes, "peers": trial}  # training runs, and whom else there is
 
 
 def registry(suite: str, device: str | None = None) -> list[Case]:
@@ -93,7 +94,7 @@ def terminal_study(suite: str, rows: list[Row]) -> Table:
     header, cells, note = STUDIES[suite].table(rows)
     table = Table(title=suite, title_justify="left", caption=note, caption_justify="left")
     for place, heading in enumerate(header):
-        table.add_column(heading, justify="right" if place else "left")
+        table.add_column(heading, justify="left" if place < STUDIES[suite].WORDS else "right")
     for line in cells:
         table.add_row(*line)
     return table
@@ -180,7 +181,7 @@ def suite_block(suite: str, folder: Path) -> str:
         return ""
     if suite in STUDIES:
         header, cells, note = STUDIES[suite].table(rows)
-        table = "\n\n".join(filter(None, [markdown(header, cells, words=1), note]))
+        table = "\n\n".join(filter(None, [markdown(header, cells, STUDIES[suite].WORDS), note]))
     elif suite in SINGLE:
         table = markdown(["what", "time", "required"], [SINGLE[suite].claim(rows[0])])
     else:
