@@ -195,8 +195,8 @@ def _of(kind: str, device: str) -> list[Peer]:
 
 def found(kind: str, device: str) -> dict[str, Callable[..., Any]]:
     """Name -> AdamW builder or loss, of those that load here."""
-    loaded = {peer.name: loaded(peer)[0] for peer in _of(kind, device)}
-    return {name: what for name, what in loaded.items() if what is not None}
+    each = {peer.name: loaded(peer)[0] for peer in _of(kind, device)}
+    return {name: what for name, what in each.items() if what is not None}
 
 
 def absent(kind: str, device: str) -> list[str]:

@@ -31,8 +31,9 @@ from .probe import KINDS, NOT_IMPORTED, RAN, WRONG
 Row = dict[str, Any]
 NOT_INSTALLED = "failed to install"
 OTHERS_NAME = "on the index the name is another project's; this one is built from its source"
+APEX_VARIABLES = {"APEX_CPP_EXT": "1", "APEX_CUDA_EXT": "1"}  # without them it installs, and has no FusedAdam
 WORDS = 4  # columns of the table that hold words
-INSTALL_SECONDS, PROBE_SECONDS = 300, 600  # of one call of pip; of a probe, which may compile C++
+INSTALL_SECONDS, PROBE_SECONDS = 300, 900  # of one call of pip; of a probe, which may compile C++
 TURNS, QUICK_TURNS = 20, 3
 
 UNITS = {
@@ -45,6 +46,7 @@ UNITS = {
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--install", action="store_true", help="each package anew, in an environment of its own")
+    command.add_argument("--apex", metavar="DIR", help="with --install: a checkout of apex, which is on no index")
 
 
 def cases(quick: bool = False) -> list[str]:
@@ -65,9 +67,9 @@ def measure(case: str, args: argparse.Namespace, tell: Callable[[str], None]) ->
     row |= {"installed": "anew" if args.install else "before"}
     if args.install:
         tell("installing")
-        environment = Environment.of(peer)
+        environment = _environment(pip_words(peer, args.apex))
         found = environment.failed or _probe(peer, device, args.quick, environment.python, environment.variables, tell)
-        if not peer.on_index and found["outcome"] == NOT_IMPORTED:
+        if not peer.on_index and not args.apex and found["outcome"] == NOT_IMPORTED:
             found |= {"outcome": NOT_INSTALLED, "reason": OTHERS_NAME}
     else:
         found = _probe(peer, device, args.quick, sys.executable, {}, tell)
@@ -77,10 +79,17 @@ def measure(case: str, args: argparse.Namespace, tell: Callable[[str], None]) ->
 # --- installing ---
 
 
+def pip_words(peer: Peer, source: str | None) -> tuple[str, ...]:
+    """What pip is to install; nothing for a peer that is on no index and whose source is not here."""
+    if peer.on_index:
+        return peer.install or (peer.package,)
+    return ("--no-build-isolation", str(Path(source).resolve())) if source else ()
+
+
 class Environment:
     """One package in a fresh virtual environment, after which torch is still the running Python's."""
 
-    def __init__(self, words: tuple[str, ...], on_index: bool):
+    def __init__(self, words: tuple[str, ...]):
         self.folder = tempfile.TemporaryDirectory(prefix="peer-")
         root = Path(self.folder.name)
         venv.create(root / "venv", with_pip=True)
@@ -92,24 +101,21 @@ class Environment:
         (root / "constraints.txt").write_text(f"torch=={version('torch')}\n")
         here = [str(Path(self.python).parent), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
         self.variables = {"PATH": os.pathsep.join(here), "TORCH_EXTENSIONS_DIR": str(root / "extensions")}
+        self.variables |= APEX_VARIABLES
         pip = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "-c", str(root / "constraints.txt")]
         self.failed: Row = {}
         # the package itself, even where the running Python has it; then whatever it needs and that Python has not
-        for options in [["--ignore-installed", "--no-deps"], []] if on_index else []:
+        for options in [["--ignore-installed", "--no-deps"], []] if words else []:
             status, output = _run([*pip, *options, *words], INSTALL_SECONDS, self.variables)
             if status != 0:
                 reason = reasons.of_text(output) if status else f"no end within {INSTALL_SECONDS} s"
                 self.failed = {"outcome": NOT_INSTALLED, "reason": reason}
                 return
 
-    @classmethod
-    def of(cls, peer: Peer) -> Environment:
-        return _environment(peer.install or (peer.package,), peer.on_index)
-
 
 @functools.lru_cache(maxsize=1)  # peers of a package follow each other; the folder goes with the object
-def _environment(words: tuple[str, ...], on_index: bool) -> Environment:
-    return Environment(words, on_index)
+def _environment(words: tuple[str, ...]) -> Environment:
+    return Environment(words)
 
 
 def _run(command: list[str], seconds: float, variables: dict[str, str] | None = None) -> tuple[int | None, str]:
@@ -155,13 +161,16 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]], str]:
     """Header, cells and a note, for the README."""
     header = ["peer", "version", "what", "outcome", "error, eps", "its time", "ours", "ratio"]
     cells = []
-    for row in sorted(rows, key=lambda row: list(peers.KINDS).index(row["kind"])):
+    rows = sorted(rows, key=lambda row: list(peers.KINDS).index(row["kind"]))
+    for row in rows:
         said = f"{row['outcome']}: {row['reason']}" if row["reason"] else row["outcome"]
         figures = [str(row.get("error", "")), "", "", ""]
         if "median_ms" in row:
             figures[1:3] = [f"{row[key]:.3g} ms" for key in ("median_ms", "ours_ms")]
             figures[3] = f"{row['median_ms'] / row['ours_ms']:.2f}x"
         cells.append([row["case"], row.get("version") or "", peers.KINDS[row["kind"]], said, *figures])
-    kinds = {row["kind"] for row in rows}
-    work = dict.fromkeys(f"{peers.KINDS[kind]}: {KINDS[kind].work}" for kind in peers.KINDS if kind in kinds)
-    return header, cells, f"What was done: {'; '.join(work)}."
+    works: dict[str, list[str]] = {}  # work -> what is tried by it
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        works.setdefault(KINDS[kind].work, []).append(peers.KINDS[kind])
+    done = "; ".join(f"{', '.join(titles)}: {work}" for work, titles in works.items())
+    return header, cells, f"Times are medians of turns with fusedopt's. {done}."
