@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-LONGEST = 200
+LONGEST = 205
 # What decides, best first, in the output of pip, of compilers and of Python: the last such line of the output.
 DECISIVE = (
     r"fatal error: .+",
-    r"\b(?!CalledProcessError|RuntimeError: Error compiling)[A-Z]\w*(?:Error|Exception): .+",
-    r"ERROR: .+",
+    r"\b(?!CalledProcessError|RuntimeError: Error compiling)[A-Z]\w*(?:Error|Exception): .+"
+    r"|^(?:[a-z_]\w*\.)+(?!CalledProcessError)[A-Z]\w*: .+",
+    r"(?i:error): .+",
 )
 WANTS_GPU = re.compile(r"cuda|gpu|nvidia|nvcc|active driver", re.IGNORECASE)  # Triton: "0 active drivers"
 
@@ -33,7 +34,10 @@ def clean(text: str) -> str:
     """One short line without paths (a file keeps its name), addresses and hosts, fit for a cell of a table."""
     text = PATH.sub(lambda path: FILE.search(path[0])[1] if FILE.search(path[0]) else "...", URL.sub("...", text))
     text = " ".join(HOST.sub("...", text).replace("|", "/").split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 3].rstrip() + "..."
+    if len(text) <= LONGEST:
+        return text
+    half = (LONGEST - 5) // 2  # what was wanted often stands at the end
+    return f"{text[:half].rstrip()} ... {text[-half:].lstrip()}"
 
 
 def of_text(text: str) -> str:

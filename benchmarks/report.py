@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fusedopt.train.report import LABELS
@@ -96,7 +97,7 @@ def terminal_study(suite: str, rows: list[Row]) -> Table:
     for place, heading in enumerate(header):
         table.add_column(heading, justify="left" if place < STUDIES[suite].WORDS else "right")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))  # an error's words may have brackets
     return table
 
 

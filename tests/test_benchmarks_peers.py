@@ -268,13 +268,13 @@ def test_a_peer_that_raises_tells_its_words(installed, small, monkeypatch):
 
         return loss
 
-    words = "0 active drivers ([]). There should only be one."
+    words = "Mismatched Tensor " + "x" * 300 + " expected device_type=cuda"
     put(monkeypatch, "quack", {"cross_entropy": raising(words)})
     put(monkeypatch, "quack.linear_cross_entropy", {"chunked_linear_cross_entropy": raising("bad shape")})
     put(monkeypatch, "bitsandbytes.optim", {"AdamW": raising("no kernel for CUDA"), "AdamW8bit": Fused})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     quack = attempt("quack")
-    assert (quack["outcome"], quack["reason"]) == (probe.NEEDS_GPU, f"RuntimeError: {words}")
+    assert (quack["outcome"], quack["reason"]) == (probe.NEEDS_GPU, reasons.clean(f"RuntimeError: {words}"))
     assert attempt("quack linear")["outcome"] == probe.NOT_RUN  # says nothing of a GPU
     assert attempt("bitsandbytes 32-bit")["outcome"] == probe.NOT_RUN  # is said to run here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -437,7 +437,7 @@ def test_table_of_what_did_not_run():
         ),
         ("libcuda.so.1: cannot open; and/or", "libcuda.so.1: cannot open; and/or"),
         ("a | b\n c", "a / b c"),
-        ("x" * 300, "x" * 197 + "..."),
+        ("x" * 300 + " expected device_type=cuda", "x" * 100 + " ... " + "x" * 74 + " expected device_type=cuda"),
     ],
 )
 def test_reasons_tell_nothing_of_the_machine(text, expected):
@@ -460,6 +460,9 @@ def test_the_decisive_line_of_an_output():
     RuntimeError: Error compiling objects for extension
     ERROR: Failed building wheel for x"""
     assert reasons.of_text(compiler) == "fatal error: cuda_runtime.h: No such file or directory"
+    dotted = "  packaging.version.InvalidVersion: Invalid version: None\nerror: metadata-generation-failed\nhint: above"
+    assert reasons.of_text(dotted) == "packaging.version.InvalidVersion: Invalid version: None"
+    assert reasons.of_text("error: metadata-generation-failed\nhint: above") == "error: metadata-generation-failed"
     unknown = "ERROR: Could not find a version that satisfies the requirement x (from versions: none)\nnote: a"
     assert reasons.of_text(unknown) == unknown.splitlines()[0]
     assert reasons.of_text("one\ntwo\n\n") == "two" and reasons.of_text("") == ""
