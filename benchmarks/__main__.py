@@ -25,6 +25,7 @@ from . import (
     report,
     store,
     tables,
+    trial,
 )
 from .run import LEFT, RESULTS, OutOfTime, Run
 
@@ -41,6 +42,7 @@ ABOUT = {
     "host": "host time of a GPU step, without a GPU",
     "install": "time of `pip install .`",
     "all": "all of these",
+    "peers": "other libraries: which are to be had, run here and are right",
     "modes": "training at every precision: losses, bytes, times; an hour, and goes on where it was stopped",
     "codes": "training from states in 8-bit codes of several kinds; goes on where it was stopped",
 }
@@ -68,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--model", choices=ddp.SIZES, help="default: small, on GPUs gpt2, if quick tiny")
             command.add_argument("--scaling", action="store_true", help="fewer ranks too: weak and strong scaling")
             command.add_argument("--spawned", action="store_true", help=argparse.SUPPRESS)  # who spawned it will tell
+        if name == "peers":
+            trial.add_arguments(command)
         if name == "project":
             project.add_arguments(command)
     command = commands.add_parser(

@@ -16,11 +16,13 @@ from fusedopt.backends import cpu
 from fusedopt.nn import chunks
 from fusedopt.nn.functional import linear_cross_entropy
 
+from . import peers
 from .runner import Case, Contender, Target, relative_error
 from .shapes import LINEAR
 
 PRODUCTS = "three products"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+PEERS = "linear-cross-entropy"  # their kind
 CHECKED = 16  # rows of each gradient
 # Sums over thousands of terms that cancel, judged by their median: stock's own error is of this order.
 LIMIT = {"f32": 512.0, "bf16": 64.0}
@@ -49,7 +51,13 @@ def oracle(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def contender(
-    name: str, loss: Loss, x: Tensor, weight: Tensor, target: Tensor, expected: tuple[Tensor, Tensor, Tensor]
+    name: str,
+    loss: Loss,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    expected: tuple[Tensor, Tensor, Tensor],
+    peer: bool = False,
 ) -> Contender:
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     value = torch.empty(())
@@ -73,7 +81,7 @@ def contender(
         prepare()
         cpu.scratch.storage = None  # of an earlier run: it must count among what a run takes
 
-    return Contender(name, run, error, prepare, release)
+    return Contender(name, run, error, prepare, release, version=peers.version(name) if peer else None)
 
 
 def three_products(x: Tensor, weight: Tensor) -> Contender:
@@ -116,8 +124,11 @@ def case(n: int, h: int, v: int, dtype_name: str) -> Case:
     def build(quick: bool) -> list[Contender]:
         x, weight, target = inputs()
         losses = {**torchs(), "fusedopt": linear_cross_entropy}
+        found = {} if quick else peers.found(PEERS, "cpu")  # it compiles
         expected = oracle(x, weight, target)
-        return [contender(name, loss, x, weight, target, expected) for name, loss in losses.items()]
+        return [
+            contender(name, loss, x, weight, target, expected, name in found) for name, loss in (losses | found).items()
+        ]
 
     wide = v * h * 4 if dtype != torch.float32 else 0
     return Case(
@@ -134,6 +145,7 @@ def case(n: int, h: int, v: int, dtype_name: str) -> Case:
         ),
         dtype_name,
         flops=6.0 * n * h * v,
+        absent=lambda: peers.absent(PEERS, "cpu"),
         allowed_bytes=(n + v) * h * dtype.itemsize + wide + chunks.CHUNK_BYTES["cpu"],
     )
 

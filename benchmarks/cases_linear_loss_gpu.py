@@ -12,7 +12,7 @@ from fusedopt.nn import chunks
 from fusedopt.nn.functional import linear_cross_entropy
 
 from . import peers
-from .cases_linear_loss import PRODUCTS, Loss, contender, oracle, three_products, torchs
+from .cases_linear_loss import PEERS, PRODUCTS, Loss, contender, oracle, three_products, torchs
 from .cases_loss_gpu import ours
 from .runner import Case, Contender, Target, compiler_here
 from .shapes import LINEAR_ON_GPU
@@ -37,10 +37,12 @@ def case(n: int, h: int, v: int) -> Case:
             torch._dynamo.reset()
             losses["torch compiled"] = torch.compile(lambda x, w, t: F.cross_entropy(F.linear(x, w), t), dynamic=False)
         losses |= {name: partial(linear_cross_entropy, backend=backend) for name, backend in ours().items()}
-        losses |= peers.installed(peers.LINEAR)
+        found = peers.found(PEERS, "cuda")
         with torch.device(DEVICE):  # where the oracle makes its indices
             expected = oracle(x, weight, target)
-        return [contender(name, loss, x, weight, target, expected) for name, loss in losses.items()]
+        return [
+            contender(name, loss, x, weight, target, expected, name in found) for name, loss in (losses | found).items()
+        ]
 
     return Case(
         f"gpu-linear-ce-{n}x{h}x{v}-bf16",
@@ -49,13 +51,13 @@ def case(n: int, h: int, v: int) -> Case:
         LIMIT,
         build,
         lambda: [three_products(*inputs()[:2])],
-        (Target("fusedopt", PRODUCTS, round(1 / 1.12, 3)), Target("fusedopt", "liger", 2.0)),
+        (Target("fusedopt", PRODUCTS, round(1 / 1.12, 3)), Target("fusedopt", "liger linear", 2.0)),
         "bf16",
         DEVICE,
         flops=6.0 * n * h * v,
         # the gradients, the weight's sum in float32, and a chunk
         allowed_bytes=(n + v) * h * DTYPE.itemsize + v * h * 4 + chunks.DEVICE_CHUNK_BYTES,
-        absent=lambda: peers.absent(peers.LINEAR),
+        absent=lambda: peers.absent(PEERS, "cuda"),
     )
 
 

@@ -25,6 +25,7 @@ SWEEP_ROWS = 4096  # of the curve over vocabularies
 DTYPES = cases_loss.DTYPES
 LIMIT = cases_loss.LIMIT
 CHECKED = 16  # rows of the gradient
+PEERS = "cross-entropy"  # their kind
 IN_A_ROW = 4  # as in training nobody waits for a loss before what follows is queued
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -44,6 +45,7 @@ def contender(
     expected: tuple[Tensor, Tensor],
     checked: Callable[[Tensor], Tensor],
     destroys: bool = False,  # its input: it gets a copy, restored before each turn
+    version: str | None = None,  # of a peer
 ) -> Contender:
     """Its runs may be queued one after the other: each drops the gradient of the one before."""
     leaf = (master.clone() if destroys else master.detach()).requires_grad_()
@@ -67,7 +69,7 @@ def contender(
         found = (value, checked(leaf.grad))
         return max(relative_error(got, oracle, master.dtype) for got, oracle in zip(found, expected, strict=True))
 
-    return Contender(name, run, error, prepare)
+    return Contender(name, run, error, prepare, version=version)
 
 
 def contenders(
@@ -78,20 +80,21 @@ def contenders(
     oracle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     checked: Callable[[Tensor], Tensor],
     quick: bool,
-    others: peers.Peers,
+    others: str = "",  # the kind of the peers that take part
 ) -> list[Contender]:
     losses: dict[str, Loss] = {"torch eager": stock}
     if compiler_here() and not quick:
         torch._dynamo.reset()  # it gives up on a function that it has compiled for eight shapes
         losses["torch compiled"] = torch.compile(stock, dynamic=False)
     losses |= {name: partial(fused, backend=backend) for name, backend in ours().items()}
-    found = peers.installed(others)
+    found = peers.found(others, "cuda")
     with torch.device(DEVICE):  # where an oracle makes its indices
         expected = oracle(input, target)
     return [
-        contender(name, loss, input, target, expected, checked, destroys=name in found)
-        for name, loss in (losses | found).items()
-    ]
+        *(contender(name, loss, input, target, expected, checked) for name, loss in losses.items()),
+        *(contender(name, loss, input, target, expected, checked, True, peers.version(name))
+          for name, loss in found.items()),
+    ]  # fmt: skip
 
 
 def rows_case(rows: int, classes: int, dtype_name: str, sweep: bool = False) -> Case:
@@ -102,9 +105,7 @@ def rows_case(rows: int, classes: int, dtype_name: str, sweep: bool = False) -> 
         logits = torch.randn(rows, classes, generator=generator, device=DEVICE).to(dtype)
         target = torch.randint(classes, (rows,), generator=generator, device=DEVICE)
         some = lambda grad: grad[cases_loss.checked(rows)]  # noqa: E731
-        return contenders(
-            F.cross_entropy, cross_entropy, logits, target, cases_loss.oracle, some, quick, peers.CROSS_ENTROPY
-        )
+        return contenders(F.cross_entropy, cross_entropy, logits, target, cases_loss.oracle, some, quick, PEERS)
 
     targets = [
         Target("fusedopt", "torch eager", 3.5),
@@ -125,7 +126,7 @@ def rows_case(rows: int, classes: int, dtype_name: str, sweep: bool = False) -> 
         dtype_name,
         DEVICE,
         IN_A_ROW,
-        absent=lambda: peers.absent(peers.CROSS_ENTROPY),
+        absent=lambda: peers.absent(PEERS, "cuda"),
         memory=nbytes * 5,
         sweep=("vocabulary", classes) if sweep else None,
     )
@@ -137,7 +138,7 @@ def images_case() -> Case:
         logits = torch.randn(IMAGES, generator=generator, device=DEVICE)
         target = torch.randint(IMAGES[1], (IMAGES[0], *IMAGES[2:]), generator=generator, device=DEVICE)
         oracle, some = cases_loss_dense.image_oracle, cases_loss_dense.first_pixels
-        return contenders(F.cross_entropy, cross_entropy, logits, target, oracle, some, quick, {})
+        return contenders(F.cross_entropy, cross_entropy, logits, target, oracle, some, quick)
 
     nbytes = 2 * 4 * math.prod(IMAGES)
     return Case(
@@ -159,7 +160,7 @@ def mse_case(dtype_name: str) -> Case:
         generator = torch.Generator(DEVICE).manual_seed(0)
         input, target = (torch.randn(ELEMENTS, generator=generator, device=DEVICE).to(dtype) for _ in range(2))
         oracle, some = cases_loss_dense.mse_oracle, cases_loss_dense.first_elements
-        return contenders(F.mse_loss, mse_loss, input, target, oracle, some, quick, {})
+        return contenders(F.mse_loss, mse_loss, input, target, oracle, some, quick)
 
     nbytes = 3 * dtype.itemsize * ELEMENTS  # read input and target, write the gradient
     return Case(

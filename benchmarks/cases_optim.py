@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from fusedopt import optim as fused
 
-from . import ceilings
+from . import ceilings, peers
 from .runner import Case, Contender, Target, compiler_here, relative_error
 from .shapes import MODELS, TENSOR_COUNTS, TITLES, Shape, numel
 
@@ -73,6 +73,7 @@ def contender(
     gradients: list[Tensor],
     step: Callable[[Optimizer, list[Tensor]], Any] = lambda optimizer, params: optimizer.step(),
     factor: Callable[[list[Tensor]], float] = lambda gradients: 1.0,
+    peer: bool = False,
 ) -> Contender:
     """An optimizer over copies of the parameters; the gradients are shared if nobody changes them.
 
@@ -87,22 +88,17 @@ def contender(
     def sample(tensors: list[Tensor]) -> Tensor:
         return torch.cat([local(t).reshape(-1)[i] for t, i in zip(tensors, where, strict=True)]).double().cpu()
 
-    def states() -> dict[str, Tensor]:
-        """Of the sampled elements; the step count is the same for all."""
-        first = optimizer.state[params[0]]
-        found = {key: sample([optimizer.state[p][key] for p in params]) for key in first if key != "step"}
-        return found | ({"step": first["step"].to("cpu", copy=True)} if "step" in first else {})
-
     def error() -> float:
         grads = [p.grad for p in params]
-        expected = oracle(sample(params), sample(grads) * factor(grads), states())
+        expected = oracle(sample(params), sample(grads) * factor(grads), peers.states(optimizer, params, sample))
         step(optimizer, params)
-        got = {"param": sample(params), **states()}
+        got = {"param": sample(params), **peers.states(optimizer, params, sample)}
         if "step" in got and float(got.pop("step")) != float(expected.pop("step")):
             return float("inf")
         return max(relative_error(got[key], expected[key], params[0].dtype) for key in got)
 
-    return Contender(name, partial(step, optimizer, params), error)
+    about = {"version": peers.version(name), "limit": peers.BY_NAME[name].limit} if peer else {}
+    return Contender(name, partial(step, optimizer, params), error, **about)
 
 
 def case(
@@ -114,9 +110,13 @@ def case(
     builds: dict[str, Build],
     *targets: Target,
     device: str = "cpu",
+    others: str = "",
     **more: Any,
 ) -> Case:
-    """One step of every tensor of a model; `elements_moved` per parameter, read and write each counted."""
+    """One step of every tensor of a model; `elements_moved` per parameter, read and write each counted.
+
+    `others`: the kind of the peers that take part.
+    """
     shapes, dtype = shapes_of(model), DTYPES[dtype_name]
     nbytes = numel(shapes) * dtype.itemsize * elements_moved
 
@@ -131,16 +131,21 @@ def case(
         makes = dict(builds)
         if quick or not compiler_here():
             makes.pop("torch compiled", None)
-        return [contender(label, make, oracle, initial, gradients) for label, make in makes.items()]
+        found = peers.found(others, device)
+        return [
+            contender(label, make, oracle, initial, gradients, peer=label in found)
+            for label, make in (makes | found).items()
+        ]
 
     name = "-".join(filter(None, ["gpu" if device == "cuda" else "", rule, model, dtype_name, more.pop("suffix", "")]))
     about = {"warm": ", data in the cache", "cold": ", cache emptied"}.get(more.get("cache", ""), "")
     named = TITLES.get(model) or "{} tensors of {}".format(*model.split("x"))
     title = f"{RULES[rule]}, {named}, {dtype_name}{about}"
     # a copy and the states for each, the first copy and the gradients, and the ceiling
-    memory = numel(shapes) * dtype.itemsize * (len(builds) * (elements_moved - 1) // 2 + 2) + nbytes
+    contenders = len(builds) + 4 * bool(others)
+    memory = numel(shapes) * dtype.itemsize * (contenders * (elements_moved - 1) // 2 + 2) + nbytes
     return Case(name, title, nbytes, LIMIT, build, partial(ceilings.memory, nbytes, device), targets, dtype_name,
-                device, memory=memory, **more)  # fmt: skip
+                device, memory=memory, absent=partial(peers.absent, others, device), **more)  # fmt: skip
 
 
 def shapes_of(model: str) -> list[Shape]:
@@ -168,7 +173,7 @@ class Compiled:
 
 def cases() -> list[Case]:
     adamw = by_torch(AdamW)
-    small = {**stock(AdamW), "fusedopt": fused.AdamW}
+    small, against = {**stock(AdamW), "fusedopt": fused.AdamW}, {"others": "adamw"}
     every = {**small, "torch compiled": Compiled}
     sgd, lion = {"lr": 1e-3, "momentum": 0.9}, {"lr": 1e-4, "weight_decay": 0.1}
     over_fused, over_default = partial(Target, "fusedopt", "torch fused"), partial(Target, "fusedopt", "torch default")
@@ -176,12 +181,13 @@ def cases() -> list[Case]:
     rmsprop = {**stock(RMSprop, "default", "foreach"), "fusedopt": fused.RMSprop}
     warm, cold = {"in_a_row": 10, "cache": "warm"}, {"cache": "cold", "suffix": "cold"}
     return [
-        case("adamw", "2000x64", "f32", 7, adamw, small, over_fused(15.0), **warm),
+        case("adamw", "2000x64", "f32", 7, adamw, small, over_fused(15.0), **warm, **against),
         case("adamw", "2000x64", "f32", 7, adamw, small, **cold),
-        case("adamw", "gpt2-small", "f32", 7, adamw, every, over_fused(1.0), over_default(3.5), of_stream),
-        case("adamw", "gpt2-small", "bf16", 7, adamw, small, over_fused(1.4)),
-        case("adamw", "vit-tiny", "f32", 7, adamw, small),
-        case("adamw", "vit-tiny", "bf16", 7, adamw, small),
+        case("adamw", "gpt2-small", "f32", 7, adamw, every, over_fused(1.0), over_default(3.5), of_stream,
+             **against),
+        case("adamw", "gpt2-small", "bf16", 7, adamw, small, over_fused(1.4), **against),
+        case("adamw", "vit-tiny", "f32", 7, adamw, small, **against),
+        case("adamw", "vit-tiny", "bf16", 7, adamw, small, **against),
         case("adamw", "llama-1b-shard", "f32", 7, adamw, small, quick=False),
         case("adamw", "one-128m", "f32", 7, adamw, small, quick=False),
         case("adam", "gpt2-small", "f32", 7, by_torch(Adam), {**stock(Adam, "fused"), "fusedopt": fused.Adam},

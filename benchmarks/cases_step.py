@@ -143,51 +143,68 @@ def case(
                 device, in_a_row=IN_A_ROW[device], memory=memory, quick=quick)  # fmt: skip
 
 
+def first_step_error(make: Build, device: str = "cpu") -> float:
+    """What an optimizer keeps in its codes differs, so that its first step is what is checked."""
+    generator = torch.Generator(device).manual_seed(0)
+    p = torch.randn(1 << 16, generator=generator, device=device) * 0.02
+    exact, p = p.double().requires_grad_(), p.requires_grad_()
+    p.grad = torch.randn(1 << 16, generator=generator, device=device) * 0.01
+    exact.grad = p.grad.double()
+    for optimizer in (make([p]), AdamW([exact], foreach=False)):
+        optimizer.step()
+    return relative_error(p.detach().double(), exact.detach(), torch.float32)
+
+
 def of_codes(name: str, title: str, shapes: list[Shape], contenders: dict[str, Build], *targets: Target,
-             others: peers.Peers) -> Case:  # fmt: skip
-    """8-bit states. What an optimizer keeps in them differs, so that its first step is what is checked."""
+             others: str = "", device: str = "cpu") -> Case:  # fmt: skip
+    """8-bit states, ours and those of the peers of a kind."""
 
     def build(quick: bool) -> list[Contender]:
-        generator = torch.Generator().manual_seed(0)
-        gradients = [torch.randn(shape, generator=generator) * 0.01 for shape in shapes]
-        makes = {**peers.installed(others), **contenders}
+        generator = torch.Generator(device).manual_seed(0)
+        gradients = [torch.randn(shape, generator=generator, device=device) * 0.01 for shape in shapes]
+        makes = {**contenders, **peers.found(others, device)}
 
-        def first_step(make: Build) -> float:
-            p = torch.randn(1 << 16, generator=generator) * 0.02
-            exact, p = p.double().requires_grad_(), p.requires_grad_()
-            p.grad = torch.randn(1 << 16, generator=generator) * 0.01
-            exact.grad = p.grad.double()
-            for optimizer in (make([p]), AdamW([exact], foreach=False)):
-                optimizer.step()
-            return relative_error(p.detach().double(), exact.detach(), torch.float32)
-
-        def steps(make: Build) -> Optimizer:
-            params = [torch.randn(shape, generator=generator) * 0.02 for shape in shapes]
+        def steps(make: Build) -> Callable[[], Any]:
+            params = [torch.randn(shape, generator=generator, device=device) * 0.02 for shape in shapes]
             for p, g in zip(params, gradients, strict=True):
                 p.grad = g
-            return make(params)
+            return make(params).step
 
-        return [Contender(label, steps(make).step, partial(first_step, make)) for label, make in makes.items()]
+        return [
+            Contender(
+                label,
+                steps(make),
+                partial(first_step_error, make, device),
+                version=peers.version(label) if label in peers.BY_NAME else None,
+            )
+            for label, make in makes.items()
+        ]
 
     # parameter and gradient read, parameter written, two codes read and written
     nbytes = numel(shapes) * 16
-    return Case(name, title, nbytes, CODES_LIMIT, build, partial(ceilings.memory, nbytes), targets,
-                absent=partial(peers.absent, others), memory=numel(shapes) * 12 * (2 + len(others)))  # fmt: skip
+    memory = numel(shapes) * 12 * (2 + len(contenders) + len(targets)) + nbytes
+    return Case(("gpu-" if device == "cuda" else "") + name, title, nbytes, CODES_LIMIT, build,
+                partial(ceilings.memory, nbytes, device), targets, device=device, in_a_row=IN_A_ROW[device],
+                absent=partial(peers.absent, others, device), memory=memory)  # fmt: skip
 
 
 def cases() -> list[Case]:
-    ours = partial(fused.AdamW, state_dtype="8bit")
+    f32, ours = {"fusedopt, f32 states": fused.AdamW}, {"fusedopt": partial(fused.AdamW, state_dtype="8bit")}
     faster, near = partial(Target, "fusedopt", "torch fused"), Target("fusedopt", ceilings.STREAM, 0.9)
+    of_codes_against = partial(of_codes, others="adamw-8bit")
+    against = tuple(Target("fusedopt", name, 2.0) for name in ("torchao", "bitsandbytes"))
+    large = ("adamw-8bit-gpt2-small-f32", "AdamW, 8-bit states, GPT-2 small, f32", shapes_of("gpt2-small"))
     return [
         case("gpt2-small", "f32", faster(1.5), near, compiled=True),
         case("gpt2-small", "bf16"),
         case("gpt2-small", "f32", faster(1.6), near, ema=True, quick=False),
         case("gpt2-small", "f32", amp=True, ema=True, quick=False),
         case("vit-tiny", "f32"),
-        of_codes("adamw-8bit-gpt2-small-f32", "AdamW, 8-bit states, GPT-2 small, f32", shapes_of("gpt2-small"),
-                 {"fusedopt, f32 states": fused.AdamW, "fusedopt": ours},
-                 Target("fusedopt", "fusedopt, f32 states", 1.0), others={}),
-        of_codes("adamw-8bit-16m-f32", "AdamW, 8-bit states, 16 M parameters, f32", SIXTEEN_MILLION,
-                 {"fusedopt": ours}, *(Target("fusedopt", name, 2.0) for name in peers.ADAMW_8BIT),
-                 others=peers.ADAMW_8BIT),
+        of_codes(*large, f32 | ours, Target("fusedopt", "fusedopt, f32 states", 1.0)),
+        of_codes_against("adamw-8bit-16m-f32", "AdamW, 8-bit states, 16 M parameters, f32", SIXTEEN_MILLION, ours,
+                         *against),
+        *(case(model, "f32", faster(1.5), ema=ema, compiled=not ema, device="cuda")
+          for model in ("gpt2-small", "llama-1b-shard") for ema in (False, True)),
+        case("vit-tiny", "f32", device="cuda"),
+        of_codes_against(*large, f32 | ours, *against, device="cuda"),
     ]  # fmt: skip

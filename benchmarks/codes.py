@@ -23,6 +23,7 @@ from fusedopt.train.distributed import World
 from fusedopt.train.loop import STOCK, Contender
 
 Row = dict[str, Any]
+WORDS = 1  # columns of the table that hold words
 # part of the block's largest magnitude, -1 to 1 or 0 to 1 -> what is kept of it
 Code = Callable[[Tensor, torch.Generator], Tensor]
 

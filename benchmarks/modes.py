@@ -21,6 +21,7 @@ from fusedopt.train.loop import FUSED, Contender
 from fusedopt.train.precision import bytes_per_parameter
 
 Row = dict[str, Any]
+WORDS = 1  # columns of the table that hold words
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from . import (
     install,
     modes,
     train,
+    trial,
 )
 from .runner import Case
 
 COMPARED = ("optim", "step", "loss", "linear_loss")  # suites of cases, whose contenders take turns
 SINGLE = {"install": install, "host": host, "train": train}  # suites of one case, measured in a way of their own
-STUDIES = {"modes": modes, "codes": codes}  # training runs
+STUDIES = {"modes": modes, "codes": codes, "peers": trial}  # training runs, and whom else there is
 
 
 def registry(suite: str, device: str | None = None) -> list[Case]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from fusedopt.train.report import LABELS
@@ -44,9 +45,9 @@ def terminal_study(suite: str, rows: list[Row]) -> Table:
     header, cells, note = STUDIES[suite].table(rows)
     table = Table(title=suite, title_justify="left", caption=note, caption_justify="left")
     for place, heading in enumerate(header):
-        table.add_column(heading, justify="right" if place else "left")
+        table.add_column(heading, justify="left" if place < STUDIES[suite].WORDS else "right")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))  # an error's words may have brackets
     return table
 
 
@@ -100,7 +101,7 @@ def suite_block(suite: str, folder: Path) -> str:
         return ""
     if suite in STUDIES:
         header, cells, note = STUDIES[suite].table(rows)
-        table = "\n\n".join(filter(None, [markdown(header, cells, words=1), note]))
+        table = "\n\n".join(filter(None, [markdown(header, cells, STUDIES[suite].WORDS), note]))
     elif suite in SINGLE:
         table = markdown(["what", "time", "required"], [SINGLE[suite].claim(rows[0])])
     else:

@@ -45,6 +45,7 @@ class Contender:
     release: Callable[[], None] | None = None  # before the run whose memory is counted, for `prepare`: forget all
     ceiling: str = ""  # which of the case's it is held against; the first, if it does not say
     version: str | None = None  # of another library; torch's and ours are in every row
+    limit: float | None = None  # of its error, where another rule's rounding asks for more than the case's
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class _Session:
         low, median, high = (float(q) for q in np.quantile(self.times[name], (0.2, 0.5, 0.8)))
         ceiling = name if name in self.ceilings else contender.ceiling or self.ceilings[0]
         ceiling_seconds = float(np.median(self.times[ceiling]))
-        error = self.errors[name]
+        error, limit = self.errors[name], contender.limit or case.limit
         row = {
             "case": case.name,
             "contender": name,
@@ -293,8 +294,8 @@ class _Session:
             "peak_mib": round(self.peaks[name] / 2**20, 3),
             "error": _json_number(error),
             "stock_error": _json_number(self.errors.get(self.stock, math.nan)),
-            "error_limit": case.limit,
-            "verdict": "ok" if error <= case.limit else "wrong",
+            "error_limit": limit,
+            "verdict": "ok" if error <= limit else "wrong",
         }
         if case.flops:
             row["tflop_per_s"] = round(case.flops / median * 1e-12, 4)

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import ddp_split, project_model
+from . import ddp_split, project_model, trial
 
 SUITES = ("optim", "step", "loss", "linear_loss", "host", "install", "train", "ddp", "project")
-STUDIES = ("modes", "codes")  # training runs that take many minutes: each only when asked for by name
+STUDIES = ("modes", "codes", "peers")  # they take many minutes: each only when asked for by name
 UNITS = {
     "median_ms, p20_ms, p80_ms": "milliseconds of one run: median and the middle 60 %",
     "bytes": "that must move, read and write each counted",
@@ -33,7 +33,7 @@ UNITS = {
     "exp_avg_error, exp_avg_sq_error": "at the end, relative to moments of the same gradients without codes; median",
     "weights_bytes, states_bytes, masters_bytes": "per parameter, of the tensors that last from step to step",
 }
-OWN_UNITS = {"ddp": ddp_split.UNITS, "project": project_model.UNITS}  # suites that measure other things
+OWN_UNITS = {"ddp": ddp_split.UNITS, "project": project_model.UNITS, "peers": trial.UNITS}  # other things
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(shapes.MODELS, CASE, [(64,)] * 200)
-        assert command.main(["optim", "--quick", "--cases", CASE, "--out", str(folder)]) == 0
+        assert command.main(["optim", "--quick", "--cases", CASE, "--peers", "torch ", "--out", str(folder)]) == 0
     return folder
 
 
@@ -68,7 +68,7 @@ def test_a_run_writes_complete_rows_plot_and_report(results):
     for rows in cases.values():
         assert list(rows) == ["torch fused", "torch default", "torch foreach", "fusedopt", "stream"]
         for row in rows.values():
-            assert set(row) == KEYS
+            assert set(row) - {"absent"} == KEYS  # of peers, where there are any
             assert row["verdict"] == "ok"
             assert row["bytes"] == 200 * 64 * 28
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
@@ -108,7 +108,7 @@ def small_models(monkeypatch):
 @pytest.mark.usefixtures("small_models")
 def test_whole_step_contenders_agree_with_their_oracle():
     for case in cases_step.cases():
-        if "16m" not in case.name:  # its peers are slow
+        if case.device == "cpu" and "16m" not in case.name:  # its peers are slow
             assert {row["verdict"] for row in measured(case).values()} == {"ok"}, case.name
 
 

@@ -52,8 +52,11 @@ def small(monkeypatch):
     monkeypatch.setattr(cases_loss_gpu, "IMAGES", (2, 5, 16, 8))
     monkeypatch.setattr(cases_loss_gpu, "ELEMENTS", 3001)
     monkeypatch.setattr(cases_linear_loss_gpu, "SHAPES", [(50, 64, 700)])
-    for name in ("liger_kernel", "liger_kernel.transformers", "cut_cross_entropy"):
+    for name in ("liger_kernel", "liger_kernel.transformers", "cut_cross_entropy", "quack", "flash_attn"):
         monkeypatch.setitem(sys.modules, name, None)  # not to be imported
+    peers.loaded.cache_clear()
+    yield
+    peers.loaded.cache_clear()
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def installed(monkeypatch):
     liger, cut = ModuleType("liger_kernel.transformers"), ModuleType("cut_cross_entropy")
     liger.LigerCrossEntropyLoss = lambda: Overwriting.apply
     liger.LigerFusedLinearCrossEntropyLoss = lambda: lambda weight, x, target: F.cross_entropy(x @ weight.t(), target)
-    cut.linear_cross_entropy = lambda e, c, targets, impl: F.cross_entropy(e @ c.t(), targets)
+    cut.linear_cross_entropy = lambda e, c, targets, impl, filter_eps: F.cross_entropy(e @ c.t(), targets)
     for module in (ModuleType("liger_kernel"), liger, cut):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -87,9 +90,11 @@ def test_contenders_agree_with_the_oracle_and_who_is_absent_is_named(name):
     case = cases()[name]
     rows = measured(case)
     assert {row["verdict"] for row in rows.values()} == {"ok"}, rows
-    group = peers.LINEAR if "linear" in name else {} if "images" in name or "mse" in name else peers.CROSS_ENTROPY
-    assert case.absent() == list(group)
-    assert all(row.get("absent", []) == list(group) for row in rows.values())
+    kind = "linear-cross-entropy" if "linear" in name else "" if "images" in name or "mse" in name else "cross-entropy"
+    group = peers.absent(kind, "cuda")
+    assert peers.found(kind, "cuda") == {} and ("liger" in " ".join(group)) == bool(kind)
+    assert case.absent() == group
+    assert all(row.get("absent", []) == group for row in rows.values())
     claimed = {contender for target in case.targets for contender in (target.ours, target.against)}
     assert claimed <= {*rows, *group, "torch compiled", ceilings.COPY}  # a quick run compiles nothing; copy: on a GPU
     if "linear" in name:
@@ -102,9 +107,11 @@ def test_contenders_agree_with_the_oracle_and_who_is_absent_is_named(name):
 def test_peers_take_part_where_they_are_installed(name, installed):
     case = cases()[name]
     rows = measured(case)
-    assert {"liger", *(["cut-cross-entropy"] if "linear" in name else [])} <= set(rows)
+    present, missing = ({"liger linear", "cut-cross-entropy"}, ["quack linear"]) if "linear" in name else (
+        {"liger"}, ["quack", "flash-attn"])  # fmt: skip
+    assert present <= set(rows)
     assert {row["verdict"] for row in rows.values()} == {"ok"}, rows
-    assert not case.absent() and "absent" not in rows["liger"]
+    assert case.absent() == missing and all(row["absent"] == missing for row in rows.values())
 
 
 def test_runs_in_a_row_leave_one_gradient():
