@@ -26,7 +26,9 @@ endif
 # one process for each core, where pytest-xdist is there
 WORKERS = $(shell $(PY) -c "import xdist; print('-n auto')" 2> /dev/null)
 
-.PHONY: own-environment train test thorough bench gpu gpu-test gpu-sanitize gpu-bench lint readme clean
+.PHONY: own-environment train test thorough bench gpu gpu-test gpu-sanitize gpu-bench gpu-bench-piece lint readme clean
+
+GPU_PIECE = $(PY) -m benchmarks all --device cuda --missing --minutes 8 $(ARGS)
 
 train: $(READY)
 	$(PY) -m fusedopt.train --compare --overwrite $(ARGS)
@@ -52,8 +54,13 @@ gpu-sanitize: $(READY)
 	    $(PY) tests/gpu/sanitized.py || exit; \
 	done
 
+# In pieces of minutes: each writes as it goes, and the next measures what is missing yet. Where a machine is lent for no
+# longer, gpu-bench-piece is one of them; its status is 75 while more is left.
 gpu-bench: $(READY)
-	$(PY) -m benchmarks all --device cuda $(ARGS)
+	status=75; while test $$status = 75; do $(GPU_PIECE); status=$$?; done; exit $$status
+
+gpu-bench-piece: $(READY)
+	$(GPU_PIECE)
 
 readme: $(READY)
 	$(PY) -m benchmarks readme $(ARGS)
