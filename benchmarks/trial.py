@@ -27,6 +27,7 @@ from . import peers, reasons
 from .machine import ROOT
 from .peers import Peer
 from .probe import KINDS, NOT_IMPORTED, RAN, WRONG
+from .tables import digits
 
 Row = dict[str, Any]
 NOT_INSTALLED = "failed to install"
@@ -166,7 +167,7 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]], str]:
         said = f"{row['outcome']}: {row['reason']}" if row["reason"] else row["outcome"]
         figures = [str(row.get("error", "")), "", "", ""]
         if "median_ms" in row:
-            figures[1:3] = [f"{row[key]:.3g} ms" for key in ("median_ms", "ours_ms")]
+            figures[1:3] = [f"{digits(row[key])} ms" for key in ("median_ms", "ours_ms")]
             figures[3] = f"{row['median_ms'] / row['ours_ms']:.2f}x"
         cells.append([row["case"], row.get("version") or "", peers.KINDS[row["kind"]], said, *figures])
     works: dict[str, list[str]] = {}  # work -> what is tried by it

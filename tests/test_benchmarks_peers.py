@@ -406,7 +406,7 @@ def test_the_command_keeps_each_row_and_ctrl_c_those_that_were_tried(child, tmp_
     page = tmp_path / "README.md"
     page.write_text("<!-- benchmarks:peers -->\n<!-- /benchmarks:peers -->\n")
     text = readme.regenerated(page, [tmp_path / "results"])
-    assert "| torchao | 1 | AdamW, 8-bit states | ran | 1.5 | 3 ms | 1.5 ms | 2.00x |" in text
+    assert "| torchao | 1 | AdamW, 8-bit states | ran | 1.5 | 3.00 ms | 1.50 ms | 2.00x |" in text
     assert "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |" in text
 
 
@@ -416,7 +416,7 @@ def test_table_of_what_did_not_run():
     ran |= {"error": 2.6, "median_ms": 10.0, "ours_ms": 4.0}
     header, cells, note = trial.table([row, ran])
     assert len(header) == 8 and cells == [
-        ["torch-optimi", "0.3.3", "AdamW", "ran", "2.6", "10 ms", "4 ms", "2.50x"],
+        ["torch-optimi", "0.3.3", "AdamW", "ran", "2.6", "10.0 ms", "4.00 ms", "2.50x"],
         ["flash-attn", "", "cross entropy", "failed to install: OSError: no nvcc", "", "", "", ""],
     ]
     assert probe.KINDS["adamw"].work in note and "linear" not in note
