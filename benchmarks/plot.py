@@ -70,8 +70,8 @@ def _bars(rows: list[Row], suite: str, path: Path) -> None:
         _panel(ax, titles.get(name, name), contenders)
     first = rows[0]
     fig.suptitle(
-        f"{suite}: median time and the middle 60 %, less is better; dashed: what the machine itself gave in the same "
-        f"run\n{where(first)}, torch {first['torch']}",
+        f"{suite}: median time in ms and the middle 60 %, less is better; dashed: what the machine itself gave in the "
+        f"same run\n{where(first)}, torch {first['torch']}",
         fontsize=11,
     )
     fig.savefig(path)
@@ -101,7 +101,15 @@ def _panel(ax: Any, title: str, contenders: dict[str, Row]) -> None:
         ax.text(min(row["p80_ms"], end) + end * 0.012, place, text, va="center", fontsize=9)
     for name, time in ceilings.items():
         ax.axvline(time, color="#444444", linestyle="--", linewidth=1)
-        ax.text(time, -0.62, f"{name} {digits(time)}", fontsize=8, ha="center", va="bottom", color="#444444")
+        ax.text(
+            time,
+            -0.62,
+            f"{name} {digits(time)} ms",
+            fontsize=8,
+            ha="left" if time < 0.12 * end else "center",
+            va="bottom",
+            color="#444444",
+        )
     labels = [name if row["verdict"] == "ok" else f"{name} (wrong)" for name, row in bars.items()]
     ax.set_yticks(range(len(bars)), labels, fontsize=9)
     ax.set_ylim(len(bars) - 0.45, -0.95)
@@ -144,5 +152,5 @@ def _curves(rows: list[Row], title: str, label: str, path: Path) -> None:
         ax.legend(fontsize=9, frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     first = rows[0]
-    fig.suptitle(f"{where(first)}, torch {first['torch']}; shaded: the middle 60 %", fontsize=10)
+    fig.suptitle(f"{where(first)}\ntorch {first['torch']}; shaded: the middle 60 %", fontsize=10)
     fig.savefig(path)
