@@ -19,13 +19,16 @@ Key = tuple[str, str, str]  # suite, case, contender
 Rows = dict[Key, Row]
 SAME = ("machine", "threads", "torch")  # what must not differ where times are compared
 TIMES = ("median_ms", "p20_ms", "p80_ms")
+BOUND = 0.25  # of the ceiling: what is further below it waits for something else, and is judged by its time
 
 
 class Difference(NamedTuple):
     key: Key
     a: Row | None
     b: Row | None
-    ratio: float  # times: B's over A's, the machine's mood taken out where both rows have a ceiling
+    ratio: (
+        float  # times: B's over A's; where memory bounds both, each over its ceiling's, and the machine's mood is out
+    )
     verdict: str
     fails: bool = False
 
@@ -58,7 +61,7 @@ def difference(key: Key, a: Row | None, b: Row | None, tolerance: float) -> Diff
     ours = key[2].startswith("fusedopt")
     if b.get("verdict", "ok") != "ok" and a.get("verdict", "ok") == "ok":
         return Difference(key, a, b, float("nan"), f"no longer right: {b['verdict']}", ours)
-    relative = bool(a.get("ceiling_fraction") and b.get("ceiling_fraction"))
+    relative = all((row.get("ceiling_fraction") or 0) >= BOUND for row in (a, b))
     (was, was_low, was_high), (now, now_low, now_high) = _times(a, relative), _times(b, relative)
     verdict = "slower" if now_low > was_high else "faster" if now_high < was_low else "within noise"
     return Difference(key, a, b, now / was, verdict, ours and verdict == "slower" and now / was > 1 + tolerance)

@@ -54,6 +54,8 @@ def test_a_ceiling_takes_the_machines_mood_out(tmp_path):
     assert told(tmp_path, [was], [row(ms=20.0, spread=0.4, ceiling_fraction=0.8)]) == 0
     assert told(tmp_path, [was], [row(ceiling_fraction=0.7)]) == 1
     assert told(tmp_path, [was], [row(ms=20.0, ceiling_fraction=None)]) == 1
+    host = row(ceiling_fraction=0.04)  # far from its ceiling, whose time says nothing of it
+    assert told(tmp_path, [host], [row(ceiling_fraction=0.03)]) == 0
 
 
 def test_what_makes_times_incomparable_is_told(tmp_path, capsys):
