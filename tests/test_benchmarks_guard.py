@@ -325,8 +325,16 @@ def test_the_turn_with_the_vectors_is_counted():
     (name, code), (_, short) = listed(OBJDUMP)
     assert loops.short(name) == "void step_span<SGD, float>(int)"
     turn = disassembly.hottest(code)
-    assert turn == disassembly.Turn(instructions=12, vectors=7, scalars=0, loaded=192, stored=128, advance=128)
+    assert turn == disassembly.Turn(
+        instructions=12, vectors=7, scalars=0, divisions=0, loaded=192, stored=128, advance=128
+    )
     assert disassembly.hottest(short) is None
+
+
+def test_divisions_are_told_apart():
+    """One instruction more is allowed, since compilers differ by it; but not one that takes as long as a dozen."""
+    text = OBJDUMP.replace("vmovups -0x28(%rbp),%zmm3", "vsqrtps %zmm1,%zmm1\n    102f:\tvdivps %zmm1,%zmm0,%zmm0")
+    assert disassembly.hottest(listed(text)[0][1]).divisions == 2
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ PARTS = (
     (re.compile(r"vpmov[sz]xbq$|vpmovu?s?qb$"), 8),
 )
 SCALAR = re.compile(r"^v?[a-z0-9]+(?:ss|sd)$")
+DIVISION = re.compile(r"^v(div|sqrt)p[sd]$")
 OTHER_SS = re.compile(r"^v?(p|u?comi|broadcast)")  # integers, conditions, and what fills a vector
 
 
@@ -40,6 +41,7 @@ class Turn(NamedTuple):
     instructions: int
     vectors: int  # with a zmm, ymm or xmm register, and no scalar arithmetic
     scalars: int  # floating-point instructions of one element
+    divisions: int  # and roots, of vectors: each as long as a dozen others
     loaded: int  # bytes
     stored: int
     advance: int  # bytes, of the slowest index; 0 where none is to be seen
@@ -224,7 +226,10 @@ def hottest(code: list[Instruction]) -> Turn | None:
     _, _, moves, turn = max(inner, key=lambda found: found[:2])
     scalars = sum(map(_is_scalar, turn))
     vectors = sum(bool(re.search(r"%[xyz]mm", i.operands)) for i in turn) - scalars
-    return Turn(len(turn), vectors, scalars, moves.bytes(stored=False), moves.bytes(stored=True), moves.advance)
+    divisions = sum(bool(DIVISION.match(i.mnemonic)) for i in turn)
+    return Turn(
+        len(turn), vectors, scalars, divisions, moves.bytes(stored=False), moves.bytes(stored=True), moves.advance
+    )
 
 
 def objdump(library: Path) -> Iterator[str]:

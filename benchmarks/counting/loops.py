@@ -72,7 +72,7 @@ def short(name: str) -> str:
 
 
 def count(library: Path) -> dict[str, float]:
-    """By name: instructions for 16 elements, of which floating-point ones of one element, and bytes per element."""
+    """By name: instructions for 16 elements, divisions and roots among them, those of a single float, and bytes."""
     found: dict[str, float] = {}
     wanted = {loop: re.compile(loop.function) for loop in loops()}
     for name, code in disassembly.functions(disassembly.objdump(library), re.compile(rf"fusedopt::{ISA}::")):
@@ -80,7 +80,11 @@ def count(library: Path) -> dict[str, float]:
             if (turn := disassembly.hottest(code)) is None:
                 continue
             elements = turn.advance / loop.element
-            figures = {"instructions for 16": turn.instructions * 16 / elements, "scalar floats": turn.scalars}
+            figures = {
+                "instructions for 16": turn.instructions * 16 / elements,
+                "divisions for 16": turn.divisions * 16 / elements,
+                "scalar floats": turn.scalars,
+            }
             if loop.streams:
                 figures["bytes each"] = (turn.loaded + turn.stored) / elements
             for what, figure in figures.items():  # of clones the worst
