@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from fusedopt.backends import cpu
+
 HERE = Path(__file__).resolve().parent
 ISA = "avx2"  # the widest that valgrind knows
 KERNEL = re.compile(rf"\bfusedopt::{ISA}::")
@@ -33,6 +35,8 @@ def missing() -> str:
     """Why nothing can be counted here; "" where it can."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return f"the budgets are of Linux on x86-64, and this is {sys.platform} on {os.uname().machine}"
+    if cpu.available() is not True or ISA not in cpu._native.cpu_isas():
+        return f"this machine and build do not offer {ISA}"
     for tool in ("valgrind", "cc"):
         if shutil.which(tool) is None:
             return f"needs {tool}"

@@ -72,7 +72,10 @@ def short(name: str) -> str:
 
 
 def count(library: Path) -> dict[str, float]:
-    """By name: instructions for 16 elements, divisions and roots among them, those of a single float, and bytes."""
+    """By name: instructions for 16 elements, divisions and roots among them, those of a single float, and bytes.
+
+    Raises RuntimeError where none is found.
+    """
     found: dict[str, float] = {}
     wanted = {loop: re.compile(loop.function) for loop in loops()}
     for name, code in disassembly.functions(disassembly.objdump(library), re.compile(rf"fusedopt::{ISA}::")):
@@ -90,5 +93,7 @@ def count(library: Path) -> dict[str, float]:
             for what, figure in figures.items():  # of clones the worst
                 key = f"loop {loop.name}: {what}"
                 found[key] = max(found.get(key, 0.0), round(figure, 3))
+    if not found:
+        raise RuntimeError(f"{library} names no function of {ISA}: was it stripped?")
     order = {loop.name: place for place, loop in enumerate(wanted)}
     return dict(sorted(found.items(), key=lambda pair: order[pair[0].removeprefix("loop ").split(":")[0]]))
