@@ -34,17 +34,22 @@ class Difference(NamedTuple):
 
 
 def load(path: Path) -> Rows:
-    """The rows that have a time, of a file or of a folder's files. Raises SystemExit where there are none."""
+    """The rows of contenders, of a file or of a folder's files. Raises SystemExit where there are none."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     rows = {
         (file.stem if path.is_dir() else "", row["case"], row["contender"]): row
         for file in files
         for row in read(file)
-        if all(isinstance(row.get(key), (int, float)) for key in TIMES)
+        if "median_ms" in row
     }
     if not rows:
-        raise SystemExit(f"{path} holds no rows with {', '.join(TIMES)}: is it a results file or folder, or a commit?")
+        raise SystemExit(f"{path} holds no rows with a median_ms: is it a results file or folder, or a commit?")
     return rows
+
+
+def timed(row: Row | None) -> bool:
+    """False of one that was not measured, or that raised."""
+    return row is not None and all(isinstance(row.get(key), (int, float)) for key in TIMES)
 
 
 def _times(row: Row, relative: bool) -> tuple[float, float, float]:
@@ -61,6 +66,8 @@ def difference(key: Key, a: Row | None, b: Row | None, tolerance: float) -> Diff
     ours = key[2].startswith("fusedopt")
     if b.get("verdict", "ok") != "ok" and a.get("verdict", "ok") == "ok":
         return Difference(key, a, b, float("nan"), f"no longer right: {b['verdict']}", ours)
+    if not (timed(a) and timed(b)):
+        return Difference(key, a, b, float("nan"), "not measured")
     relative = all((row.get("ceiling_fraction") or 0) >= BOUND for row in (a, b))
     (was, was_low, was_high), (now, now_low, now_high) = _times(a, relative), _times(b, relative)
     verdict = "slower" if now_low > was_high else "faster" if now_high < was_low else "within noise"
@@ -87,7 +94,7 @@ def table(found: list[Difference]) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
 
     def time(row: Row | None) -> str:
-        return "" if row is None else "{:.4g} ({:.4g} to {:.4g})".format(*(row[key] for key in TIMES))
+        return "{:.4g} ({:.4g} to {:.4g})".format(*(row[key] for key in TIMES)) if timed(row) else ""
 
     def fraction(row: Row | None) -> str:
         return f"{row['ceiling_fraction']:.0%}" if row and row.get("ceiling_fraction") else ""
@@ -98,7 +105,7 @@ def table(found: list[Difference]) -> Table:
             case = d.key[:2]
             shown.add_section()
             shown.add_row("[bold]" + " ".join(filter(None, case)))
-        ratio = "" if d.a is None or d.b is None else f"{d.b['median_ms'] / d.a['median_ms']:.3f}"
+        ratio = f"{d.b['median_ms'] / d.a['median_ms']:.3f}" if timed(d.a) and timed(d.b) else ""
         verdict = f"[bold red]{d.verdict}" if d.fails else d.verdict
         shown.add_row("  " + d.key[2], time(d.a), time(d.b), ratio, fraction(d.a), fraction(d.b), verdict)
     return shown

@@ -76,9 +76,9 @@ def path_of(folder: Path) -> list[Path]:
 
 
 def round_of(folder: Path, suite: str, cases: str, out: Path) -> list[dict[str, Any]]:
-    """Measure once, in a process of its own."""
+    """Measure ours and the ceilings once, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path_of(folder)))}
-    command = [sys.executable, "-m", "benchmarks", suite, "--cases", cases, "--out", out]
+    command = [sys.executable, "-m", "benchmarks", suite, "--cases", cases, "--out", out, "--peers", "none"]
     done = subprocess.run(command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1):  # 1: a contender was wrong, and its row says so
         raise SystemExit(f"{' '.join(map(str, command))} ended with status {done.returncode}:\n{done.stdout[-3000:]}")
@@ -98,7 +98,7 @@ def measure(folders: list[Path], suite: str, cases: str, rounds: int) -> list[Ro
 def combined(turns: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """Rows of several runs as one row for each contender; the verdict is the worst."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in (row for rows in turns for row in rows if isinstance(row.get("median_ms"), (int, float))):
+    for row in (row for rows in turns for row in rows if "median_ms" in row):
         grouped.setdefault((row["case"], row["contender"]), []).append(row)
     for rows in grouped.values():
         figures = {

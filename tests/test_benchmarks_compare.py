@@ -35,6 +35,11 @@ def told(tmp_path, a, b, *arguments):
         (row(ms=9.0), 0, "faster"),
         (row(ms=20.0, spread=12.0), 0, "within noise"),
         (row(verdict="wrong"), 1, "no longer right: wrong"),
+        (
+            row(verdict="raised: TypeError") | dict.fromkeys(("median_ms", "p20_ms", "p80_ms")),
+            1,
+            "no longer right: rais",
+        ),
         (row("torch fused", ms=20.0), 0, "only in A"),
     ],
 )
@@ -79,7 +84,7 @@ def test_what_is_neither_results_nor_commit_is_named(tmp_path):
         SystemExit, match="'no-such-thing' is neither a results file or folder that exists nor a commit"
     ):
         command.main(["compare", "no-such-thing", "HEAD"])
-    with pytest.raises(SystemExit, match="holds no rows with median_ms"):
+    with pytest.raises(SystemExit, match="holds no rows with a median_ms"):
         told(tmp_path, [], [])
 
 
