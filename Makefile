@@ -2,6 +2,7 @@
 #   make train   train a language model on this machine, stock PyTorch and fusedopt side by side (about three minutes)
 #   make test    the test suite, in a process for each core (under ten minutes on two); ARGS="-x --pdb": in one process
 #   make bench   the benchmarks; then `make readme` writes their figures into the README
+#   make budgets  what is counted, not timed: instructions, vector loops, launches and bytes, against their budgets
 #   make thorough  what make test leaves out: the CUDA sources under sanitizers, every Triton kernel for every target
 #   make gpu     what a GPU machine adds: tests, compute-sanitizer, benchmarks; make lint   format and lint checks
 # In an environment of your own, offline too: make gpu PY=python3 (or any other target)
@@ -26,7 +27,7 @@ endif
 # one process for each core, where pytest-xdist is there
 WORKERS = $(shell $(PY) -c "import xdist; print('-n auto')" 2> /dev/null)
 
-.PHONY: own-environment train test thorough bench gpu gpu-test gpu-sanitize gpu-bench gpu-bench-piece lint readme clean
+.PHONY: own-environment train test thorough bench budgets gpu gpu-test gpu-sanitize gpu-bench gpu-bench-piece lint readme clean
 
 GPU_PIECE = $(PY) -m benchmarks all --device cuda --missing --minutes 8 $(ARGS)
 
@@ -38,6 +39,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks all $(ARGS)
+
+budgets: $(READY)
+	$(PY) -m benchmarks budgets --check $(ARGS)
 
 thorough: $(READY)
 	$(PY) -m pytest -m thorough $(WORKERS) $(ARGS)

@@ -11,8 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from . import (
+    budgets,
     cases_loss,
     cases_optim,
+    compare,
     ddp,
     ddp_plot,
     ddp_report,
@@ -30,6 +32,7 @@ from . import (
 from .run import LEFT, RESULTS, OutOfTime, Run
 
 OWN_REPORTS = {"ddp": ddp_report, "project": project_report}  # suites that are no cases of the registry
+OWN_COMMANDS = {"budgets": budgets, "compare": compare}  # which measure no suite
 OWN_PLOTS = {"ddp": ddp_plot, "project": project_report}
 ABOUT = {
     "optim": "optimizer steps",
@@ -80,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--check", action="store_true", help="write nothing; exit 1 if pages and data disagree")
     command.add_argument("--out", type=Path, metavar="DIR", help="one machine's results; default: every machine's")
     command.add_argument("--readme", type=Path, action="append", help=argparse.SUPPRESS)  # pages; default: ours
+    for name, own in OWN_COMMANDS.items():
+        text = own.__doc__.splitlines()[0]
+        own.add_arguments(commands.add_parser(name, help=text, description=own.__doc__))
     return top
 
 
@@ -143,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command == "readme":
         return update_readme(args)
+    if args.command in OWN_COMMANDS:
+        return OWN_COMMANDS[args.command].main(args)
     args.out = args.out and args.out.resolve()
     if ddp.launched():
         ddp.use_own_threads()

@@ -42,6 +42,8 @@ KINDS = {
     ),
     "tsan": Kind(("-O1", "-g1", "-fsanitize=thread"), "libtsan.so", "-DFUSEDOPT_SIMT_TSAN"),
 }
+# Counts what kernels read and write (harness/traffic.cpp stands where TSAN would); for benchmarks/counting.
+COUNTED = {"counted": Kind(("-O1", "-fsanitize=thread", "-fno-tree-sra"), "")}
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 HOST = {
     source: define
@@ -74,7 +76,7 @@ def missing(kind: str) -> str:
     for package in ("pybind11", "ninja"):
         if importlib.util.find_spec(package) is None and not shutil.which(package):
             return f"needs {package}"
-    if not os.path.isabs(_file(KINDS[kind].runtime)):
+    if kind in KINDS and not os.path.isabs(_file(KINDS[kind].runtime)):
         return f"needs {KINDS[kind].runtime}, the runtime of g++'s sanitizer"
     return ""
 
@@ -103,17 +105,19 @@ def _write_ninja() -> None:
         lines.extend([f"build {name}: link {' '.join(objects)}", f"  flags = {shlex.join(flags)}"])
 
     host = [compiled(f"{source}.o", source, ["-O3", define]) for source, define in HOST.items()]
-    for kind, (flags, _, define) in KINDS.items():
+    for kind, (flags, runtime, define) in {**KINDS, **COUNTED}.items():
         kernel = [*flags, "-x", "c++"]
         told = ["-O2", "-Wall", "-Wextra", *([define] if define else [])]
-        harness = [compiled(f"{kind}/{name}.o", f"tests/simt/harness/{name}", told) for name in HARNESS]
+        sources = HARNESS if runtime else [*HARNESS, "traffic.cpp"]
+        harness = [compiled(f"{kind}/{name}.o", f"tests/simt/harness/{name}", told) for name in sources]
         kernels = [
             compiled(f"{kind}/{path.name}.o", str(path.relative_to(ROOT)), [*kernel, "-DFUSEDOPT_ISA=cuda"])
             for path in sorted(ROOT.glob("csrc/cuda/*.cu"))
         ]
-        tests = compiled(f"{kind}/selftest.o", "tests/simt/selftest.cu", ["-Wall", *kernel])
-        linked(f"{kind}/_native.so", [*host, *kernels, *harness], ["-shared", *flags])
-        linked(f"{kind}/selftest", [tests, *harness], list(flags))
+        linked(f"{kind}/_native.so", [*host, *kernels, *harness], ["-shared", *(flags if runtime else [])])
+        if runtime:
+            tests = compiled(f"{kind}/selftest.o", "tests/simt/selftest.cu", ["-Wall", *kernel])
+            linked(f"{kind}/selftest", [tests, *harness], list(flags))
     lines.append("")
     (FOLDER / "build.ninja").write_text("\n".join(lines))
 
