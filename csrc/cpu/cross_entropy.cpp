@@ -8,12 +8,30 @@ namespace {
 constexpr int64_t kBlock = 512;  // elements summed in T before the sum goes on in double
 constexpr int64_t kPrefetchBlock = 256;
 
-// Ask for the row that comes next while this one is computed: memory is then busy in both walks, one half of the row in
-// each.
+// A row that is asked for while the one before it is computed, so that memory is busy throughout.
 template <class S>
-FUSEDOPT_HD void prefetch_half(const S* half, int64_t begin, int64_t end) {
-  for (int64_t c = begin / 2; c < end / 2; c += int64_t(64 / sizeof(S))) __builtin_prefetch(half + c, 0, 2);
-}
+struct Ahead {
+  const S* row;  // null: none
+  int64_t n;
+
+  // Before its lines: to find where a page of 4 KiB lies takes as long as to read from memory, and holds up all that
+  // comes behind it. Asked for side by side the pages are found at once.
+  FUSEDOPT_HD void find_pages() const {
+    if (!row) return;
+    for (int64_t c = 0; c < n; c += int64_t(4096 / sizeof(S))) __builtin_prefetch(row + c, 0, 2);
+    __builtin_prefetch(row + n - 1, 0, 2);
+  }
+  // While elements [begin, end) are computed: three quarters in the walk that takes exponentials, which is the longest,
+  // the rest in the one that writes.
+  FUSEDOPT_HD void early(int64_t begin, int64_t end) const { lines(begin * 3 / 4, end * 3 / 4); }
+  FUSEDOPT_HD void late(int64_t begin, int64_t end) const { lines(n * 3 / 4 + begin / 4, n * 3 / 4 + end / 4); }
+
+ private:
+  FUSEDOPT_HD void lines(int64_t begin, int64_t end) const {
+    if (!row) return;
+    for (int64_t c = begin; c < end; c += int64_t(64 / sizeof(S))) __builtin_prefetch(row + c, 0, 2);
+  }
+};
 
 template <class S, class L>
 Compute<S> row_max(const S* x, int64_t n, const L& logit) {
@@ -28,13 +46,14 @@ Compute<S> row_max(const S* x, int64_t n, const L& logit) {
       const T v = logit.scaled(load(x[c + j]));
       lane[j] = v > lane[j] ? v : lane[j];
     }
-  T max = -__builtin_inf();
-  for (int j = 0; j < kLanes; ++j) max = lane[j] > max ? lane[j] : max;
-  for (; c < n; ++c) {
-    const T v = logit.scaled(load(x[c]));
-    max = v > max ? v : max;
+  for (int j = 0; j < n - c; ++j) {
+    const T v = logit.scaled(load(x[c + j]));
+    lane[j] = v > lane[j] ? v : lane[j];
   }
-  return max;
+  // by halves: one after the other the comparisons would wait for each other, for longer than a short row takes
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lane[j] = lane[j + half] > lane[j] ? lane[j + half] : lane[j];
+  return lane[0];
 }
 
 // torch.argmax of the scaled x, whose largest number is `max`: the first NaN, or the first `max`.
@@ -65,12 +84,12 @@ int64_t row_argmax(const S* x, int64_t n, const L& logit, Compute<S> max) {
 // cost more than reading it back; under a cap s itself, for the slope.
 template <bool kKeep, bool kEntropy, class S, Target kTarget, bool kWeighted, Scaling kScaling>
 Sums sum_row(const RowTarget<S, kTarget, kWeighted>& y, Logit<Compute<S>, kScaling> logit, const S* x, int64_t n,
-             Compute<S> max, Compute<S>* kept, const S* next) {
+             Compute<S> max, Compute<S>* kept, Ahead<S> next) {
   using T = Compute<S>;
   Sums sums;
   for (int64_t block = 0; block < n; block += kBlock) {
     const int64_t stop = n < block + kBlock ? n : block + kBlock;
-    if (next) prefetch_half(next, block, stop);
+    next.early(block, stop);
     T exps = 0, mass = 0, dot = 0, exp_log = 0;
 #pragma omp simd reduction(+ : exps, mass, dot, exp_log)
     for (int64_t c = block; c < stop; ++c) {
@@ -96,13 +115,13 @@ struct ExpAndLogit {
   T e, s;
 };
 
-// `read(c)` gives exp(s - max) and s of a class. `next` is the row that this thread will read after this one.
+// `read(c)` gives exp(s - max) and s of a class.
 template <class S, Target kTarget, bool kWeighted, Scaling kScaling, class T, class Read>
 void write_grad(const RowTarget<S, kTarget, kWeighted>& y, Logit<T, kScaling> logit, Factors<T> factors,
-                const Read& read, ExpAndLogit<T> at_label, S* grad, int64_t n, const S* next) {
+                const Read& read, ExpAndLogit<T> at_label, S* grad, int64_t n, Ahead<S> next) {
   for (int64_t block = 0; block < n; block += kPrefetchBlock) {
     const int64_t stop = n < block + kPrefetchBlock ? n : block + kPrefetchBlock;
-    if (next) prefetch_half(next + n / 2, block, stop);
+    next.late(block, stop);
     FUSEDOPT_IVDEP
     for (int64_t c = block; c < stop; ++c) {
       const ExpAndLogit<T> at = read(c);
@@ -146,7 +165,8 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
         else
           kept = static_cast<T*>(scratch);  // a 16-bit exp would be rounded twice
       }
-      const S* next = row + 1 < end ? x + a.logits_stride : nullptr;
+      const Ahead<S> next{row + 1 < end ? x + a.logits_stride : nullptr, n};
+      next.find_pages();
       Sums sums = kept ? sum_row<true, kEntropy>(y, logit, x, n, max, kept, next)
                        : sum_row<false, kEntropy>(y, logit, x, n, max, kept, next);
       if constexpr (kTarget != Target::kProbability) {
@@ -199,7 +219,7 @@ void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end, void*) {
       return {exp_of(s - lse), s};
     };
     const Factors<T> factors{T(factor * per_lse(mass, lse, a.z_loss)), T(factor)};
-    write_grad(y, logit, factors, read, read(y.label), grad, n, static_cast<const S*>(nullptr));
+    write_grad(y, logit, factors, read, read(y.label), grad, n, {nullptr, n});
   }
 }
 
