@@ -81,12 +81,10 @@ class Products:
         native = device.type == "cpu" and cpu.READY
         self.buffer = cpu.scratch.empty(shape, dtype) if native else torch.empty(shape, dtype=dtype, device=device)
         self.first = True
-        self.dx = self.dw = self.db = self.dw_dtype = None
-        if needs[0]:
-            self.dx = empty(tuple(x.shape), x.dtype, device) if keep is None else torch.zeros_like(x)
+        self.needs_dx = needs[0]
+        self.dx = self.dw = self.db = self.dw_dtype = None  # dx and dw are made when they are first written
         if needs[1]:
             one_rounding = self.rows <= chunk and weight.dtype == dtype and not wide
-            # made when it is first written: the product of dx, which takes memory of its own, is done by then
             self.dw_dtype = dtype if one_rounding else _sum_dtype(dtype)
         if needs[2]:
             self.db = torch.zeros(weight.shape[0], dtype=_sum_dtype(dtype), device=device)
@@ -105,17 +103,20 @@ class Products:
 
     def accumulate(self, rows: slice, grad: Tensor) -> None:
         """Add what `grad`, the gradient of the logits that were made last, gives to x, weight and bias."""
-        if self.dx is not None:
+        if self.dw_dtype is not None:  # before dx is there: this product takes the most memory of its own
+            if self.first:
+                self.dw = empty(tuple(self.weight.shape), self.dw_dtype, grad.device)
+            self._accumulate_weight(grad)
+        if self.needs_dx:
+            if self.first:
+                shape, dtype = tuple(self.x.shape), self.x.dtype
+                self.dx = empty(shape, dtype, grad.device) if self.keep is None else torch.zeros_like(self.x)
             if self.keep is None and self.dx.dtype == self.dtype:
                 torch.mm(grad, self.weight, out=self.dx[rows])
             elif self.keep is None:
                 self.dx[rows] = torch.mm(grad, self.weight)
             else:
                 self.dx.index_copy_(0, self.keep[rows], torch.mm(grad, self.weight).to(self.dx.dtype))
-        if self.dw_dtype is not None:
-            if self.first:
-                self.dw = empty(tuple(self.weight.shape), self.dw_dtype, grad.device)
-            self._accumulate_weight(grad)
         if self.db is not None:
             if grad.is_cuda:
                 self.db += grad.sum(0, dtype=self.db.dtype)
@@ -141,8 +142,8 @@ class Products:
         """Of x, weight and bias, in their dtypes unless `wide`; zeros where no row counted."""
         if self.first and self.dw_dtype is not None:
             self.dw = torch.zeros(self.weight.shape, dtype=self.dw_dtype, device=self.weight.device)
-        if self.first and self.dx is not None:
-            self.dx.zero_()
+        if self.first and self.needs_dx:
+            self.dx = torch.zeros_like(self.x)
         if self.wide:
             return self.dx, self.dw, self.db
         return (
