@@ -329,6 +329,31 @@ def test_functional_transforms_and_forward_mode():
     torch.testing.assert_close(ours, stock)
 
 
+@pytest.mark.parametrize(
+    "shape, dtype, reduction",
+    [
+        ((340, 50257), torch.bfloat16, "sum"),
+        ((340, 50257), torch.float16, "sum"),
+        ((170, 50257), torch.float32, "none"),
+        ((3, 3, 1001, 953), torch.float32, "sum"),
+        ((6, 3, 1001, 953), torch.bfloat16, "sum"),
+    ],
+    ids=str,
+)
+def test_gradient_that_goes_past_the_cache(isa, shape, dtype, reduction):
+    """32 MiB and more, apart from the logits, rows that start anywhere in a line: the same bits as a part at a time."""
+    logits, target, _ = make(shape, dtype, probabilities=False, weighted=False)
+    logits.requires_grad_()
+    assert logits.numel() * dtype.itemsize >= 32 << 20
+    cross_entropy(logits, target, reduction=reduction).sum().backward()
+    for first in range(0, shape[0], shape[0] // 3):
+        part = slice(first, first + shape[0] // 3)
+        x = logits.detach()[part].clone().requires_grad_()
+        assert x.numel() * dtype.itemsize < 32 << 20
+        cross_entropy(x, target[part], reduction=reduction).sum().backward()
+        assert torch.equal(logits.grad[part], x.grad)
+
+
 def test_deterministic_whatever_the_threads():
     logits, target, _ = make((257, 3001), torch.float32, probabilities=False, weighted=False)
     before = torch.get_num_threads()

@@ -6,7 +6,7 @@ namespace fusedopt::FUSEDOPT_ISA {
 namespace {
 
 constexpr int64_t kBlock = 512;  // elements summed in T before the sum goes on in double
-constexpr int64_t kPrefetchBlock = 256;
+constexpr int64_t kWriteBlock = 256;
 
 // A row that is asked for while the one before it is computed, so that memory is busy throughout.
 template <class S>
@@ -14,12 +14,8 @@ struct Ahead {
   const S* row;  // null: none
   int64_t n;
 
-  // Before its lines: to find where a page of 4 KiB lies takes as long as to read from memory, and holds up all that
-  // comes behind it. Asked for side by side the pages are found at once.
-  FUSEDOPT_HD void find_pages() const {
-    if (!row) return;
-    for (int64_t c = 0; c < n; c += int64_t(4096 / sizeof(S))) __builtin_prefetch(row + c, 0, 2);
-    __builtin_prefetch(row + n - 1, 0, 2);
+  FUSEDOPT_HD void pages() const {
+    if (row) find_pages(row, n);
   }
   // While elements [begin, end) are computed: three quarters in the walk that takes exponentials, which is the longest,
   // the rest in the one that writes.
@@ -28,8 +24,7 @@ struct Ahead {
 
  private:
   FUSEDOPT_HD void lines(int64_t begin, int64_t end) const {
-    if (!row) return;
-    for (int64_t c = begin; c < end; c += int64_t(64 / sizeof(S))) __builtin_prefetch(row + c, 0, 2);
+    if (row) prefetch_lines(row + begin, end - begin);
   }
 };
 
@@ -115,18 +110,23 @@ struct ExpAndLogit {
   T e, s;
 };
 
-// `read(c)` gives exp(s - max) and s of a class.
+// `read(c)` gives exp(s - max) and s of a class. `streamed`: the gradient goes past the cache.
 template <class S, Target kTarget, bool kWeighted, Scaling kScaling, class T, class Read>
 void write_grad(const RowTarget<S, kTarget, kWeighted>& y, Logit<T, kScaling> logit, Factors<T> factors,
-                const Read& read, ExpAndLogit<T> at_label, S* grad, int64_t n, Ahead<S> next) {
-  for (int64_t block = 0; block < n; block += kPrefetchBlock) {
-    const int64_t stop = n < block + kPrefetchBlock ? n : block + kPrefetchBlock;
+                const Read& read, ExpAndLogit<T> at_label, S* grad, int64_t n, Ahead<S> next, bool streamed) {
+  alignas(kLine) S block_of_grad[kWriteBlock];
+  // blocks that end where a line of memory does
+  for (int64_t block = 0, offset = line_offset(grad), stop; block < n; block = stop, offset = 0) {
+    stop = block + kWriteBlock - offset;
+    stop = n < stop ? n : stop;
     next.late(block, stop);
+    S* const out = streamed ? block_of_grad + offset : grad + block;
     FUSEDOPT_IVDEP
     for (int64_t c = block; c < stop; ++c) {
       const ExpAndLogit<T> at = read(c);
-      store(grad[c], logit.gradient(factors, at.e, at.s, y.dense(c)));
+      store(out[c - block], logit.gradient(factors, at.e, at.s, y.dense(c)));
     }
+    if (streamed) stream_out(grad + block, out, stop - block);
   }
   if constexpr (kTarget != Target::kProbability)
     store(grad[y.label], logit.gradient(factors, at_label.e, at_label.s, y.dense(y.label) + y.one_hot));
@@ -145,6 +145,8 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
   using T = Compute<S>;
   const int64_t n = a.classes;
   const Logit<T, kScaling> logit(a);
+  constexpr bool kKeptInGrad = sizeof(S) == sizeof(T);  // a 16-bit exp would be rounded twice
+  const bool streamed = !kKeptInGrad && writes_past_cache<S>(a);
   for (int64_t row = begin; row < end; ++row) {
     const S* x = static_cast<const S*>(a.logits) + row * a.logits_stride;
     S* grad = a.grad ? static_cast<S*>(a.grad) + row * a.grad_stride : nullptr;
@@ -160,13 +162,13 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
       }
       T* kept = nullptr;
       if (grad && !y.ignored) {
-        if constexpr (sizeof(S) == sizeof(T))
+        if constexpr (kKeptInGrad)
           kept = grad;
         else
-          kept = static_cast<T*>(scratch);  // a 16-bit exp would be rounded twice
+          kept = static_cast<T*>(scratch);
       }
       const Ahead<S> next{row + 1 < end ? x + a.logits_stride : nullptr, n};
-      next.find_pages();
+      next.pages();
       Sums sums = kept ? sum_row<true, kEntropy>(y, logit, x, n, max, kept, next)
                        : sum_row<false, kEntropy>(y, logit, x, n, max, kept, next);
       if constexpr (kTarget != Target::kProbability) {
@@ -183,7 +185,7 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
         const auto read = [=](int64_t c) -> ExpAndLogit<T> {
           return {kScaling == Scaling::kCapped ? exp_of(kept[c] - max) : kept[c], kept[c]};
         };
-        write_grad(y, logit, factors, read, {exp_of(s_label - max), s_label}, grad, n, next);
+        write_grad(y, logit, factors, read, {exp_of(s_label - max), s_label}, grad, n, next, streamed);
       }
     }
     if (y.ignored) {
@@ -192,6 +194,7 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end, [[maybe_unus
       if (grad) std::memset(static_cast<void*>(grad), 0, size_t(n) * sizeof(S));
     }
   }
+  if (streamed) end_streams();
 }
 
 // From lse alone, for the losses whose upstream gradient must come in before the rounding: reduction "none", float16.
@@ -200,6 +203,7 @@ void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end, void*) {
   using T = Compute<S>;
   const int64_t n = a.classes;
   const Logit<T, kScaling> logit(a);
+  const bool streamed = writes_past_cache<S>(a);
   for (int64_t row = begin; row < end; ++row) {
     const S* x = static_cast<const S*>(a.logits) + row * a.logits_stride;
     S* grad = static_cast<S*>(a.grad) + row * a.grad_stride;
@@ -219,8 +223,9 @@ void backward(const CrossEntropyArgs& a, int64_t begin, int64_t end, void*) {
       return {exp_of(s - lse), s};
     };
     const Factors<T> factors{T(factor * per_lse(mass, lse, a.z_loss)), T(factor)};
-    write_grad(y, logit, factors, read, read(y.label), grad, n, {nullptr, n});
+    write_grad(y, logit, factors, read, read(y.label), grad, n, {nullptr, n}, streamed);
   }
+  if (streamed) end_streams();
 }
 
 template <class S, Scaling kScaling, bool kEntropy>

@@ -2,6 +2,7 @@
 #pragma once
 #include "../softmax.h"
 #include "engine.h"
+#include "memory.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
 
@@ -12,6 +13,11 @@ CrossEntropyKernel pixels_forward(const CrossEntropyArgs& a);
 CrossEntropyKernel pixels_backward(const CrossEntropyArgs& a);
 
 namespace {
+
+template <class S>
+bool writes_past_cache(const CrossEntropyArgs& a) {
+  return a.grad && a.grad != a.logits && goes_past_cache<S>(a.rows * a.classes);
+}
 
 template <class Pass>
 CrossEntropyKernel for_target(const CrossEntropyArgs& a) {

@@ -67,15 +67,20 @@ struct Block {
   FUSEDOPT_HD void write_grad(const Logit<T, kScaling>& logit, const T* softmax, const T* factor,
                               const Exp& exp_of_logit, const Read& logit_of) const {
     S* grad = plane<S>(a.grad, a, row, a.grad_stride);
+    const bool streamed = writes_past_cache<S>(a);
+    alignas(kLine) S lines[kMaxPixels + kLine / int64_t(sizeof(S))];
     for (int64_t c = 0; c < a.classes; ++c, grad += a.grad_class_stride) {
       const T w = weight(c);
+      S* const out = streamed ? lines + line_offset(grad) : grad;
       FUSEDOPT_IVDEP
       for (int64_t i = 0; i < n; ++i) {
         const T s = logit_of(c, i);
         const T g = logit.gradient({softmax[i], factor[i]}, exp_of_logit(s, i), s, target(c, w, i));
-        store(grad[i], kIndexed ? masked(g, live[i]) : g);
+        store(out[i], kIndexed ? masked(g, live[i]) : g);
       }
+      if (streamed) stream_out(grad, out, n);
     }
+    if (streamed) end_streams();
   }
 };
 
@@ -139,12 +144,15 @@ void forward_block(const CrossEntropyArgs& a, int64_t row, int64_t n, int64_t wi
   }
   for (int64_t i = 0; i < n; ++i) max[i] = logit.capped(max[i]);
 
+  const int64_t left = a.pixels - row % a.pixels - n;  // in this image, of which the next block is asked for
+  const S* next = block.x + n;
   for (int64_t first = 0; first < a.classes; first += kBlock) {
     const int64_t stop = a.classes < first + kBlock ? a.classes : first + kBlock;
     T exp[kMaxPixels] = {}, mass[kMaxPixels] = {}, dot[kMaxPixels] = {}, exp_log[kMaxPixels] = {};
     for (int64_t c = first; c < stop; ++c) {
       const T w = block.weight(c);
       T* kept = scratch + c * width;
+      prefetch_lines(next + c * a.logits_class_stride, left < n ? left : n);
       FUSEDOPT_IVDEP
       for (int64_t i = 0; i < n; ++i) {
         const T s = logit.capped(kept[i]);

@@ -1,7 +1,7 @@
 // Mean squared error, compiled once per instruction set: the sum of squares and the gradient in one pass.
 #include "engine.h"
 
-#include "../element.h"
+#include "memory.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
 namespace {
@@ -15,6 +15,9 @@ double sum_squares(const MseArgs& a, int64_t begin, int64_t end) {
   const S* target = static_cast<const S*>(a.target);
   [[maybe_unused]] S* grad = static_cast<S*>(a.grad);
   [[maybe_unused]] const T factor = T(a.grad_factor);
+  find_pages(input + begin, end - begin);
+  find_pages(target + begin, end - begin);
+  if constexpr (kGrad) find_pages(grad + begin, end - begin);
   double total = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = end < block + kBlock ? end : block + kBlock;
