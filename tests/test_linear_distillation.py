@@ -415,6 +415,9 @@ def test_the_backend_that_was_asked_for(monkeypatch):
     x, w, _, tx, tw, target = make()
     whole = linear_distillation(x, w, tx, tw, target, hard_weight=0.5, backend="reference")
     torch.testing.assert_close(linear_distillation(x, w, tx, tw, target, hard_weight=0.5, backend="cpu"), whole)
+    with monkeypatch.context() as without_kernels:
+        without_kernels.setattr(fusedopt.backends, "for_losses", lambda *_: "")
+        torch.testing.assert_close(linear_distillation(x, w, tx, tw, target, hard_weight=0.5), whole)
     monkeypatch.setattr(fusedopt.nn.distillation_passes, "walk", None)
     linear_distillation(x, w, tx, tw, target, backend="reference")
     with pytest.raises(ValueError, match="backend='gpu' is not one of"):

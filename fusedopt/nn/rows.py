@@ -83,7 +83,7 @@ def cross_entropy_forward(
     factor: float | Tensor,
     loss: Tensor,  # (N,) compute dtype, written
     lse: Tensor,  # (N,) compute dtype, written
-    stats: Stats | None,  # written if given
+    stats: Stats | None = None,  # written if given
 ) -> None:
     s = scores(logits, rule)
     y = _Targets(target, rule, s.shape[1], s.dtype)
