@@ -55,7 +55,12 @@ def loops() -> list[Loop]:
             Loop(f"mse {label}", rf"sum_squares<{kind}, true>\(", size),
             Loop(f"cross entropy, largest {label}", rf"row_max<{kind}, Logit<float, \(Scaling\)0> >", size),
             Loop(f"cross entropy, sum {label}", rf"^void forward<{kind}, {PLAIN}, false>", size, streams=False),
-            Loop(f"cross entropy, backward {label}", rf"^void backward<{kind}, {PLAIN}>", size),
+            # gcc takes the walk that writes in, or leaves it a function of its own
+            Loop(
+                f"cross entropy, backward {label}",
+                rf"^void (write_grad<{kind}, {PLAIN}, float, )?backward<{kind}, {PLAIN}>",
+                size,
+            ),
         ]
     return found
 
