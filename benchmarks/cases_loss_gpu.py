@@ -69,7 +69,8 @@ def contender(
         found = (value, checked(leaf.grad))
         return max(relative_error(got, oracle, master.dtype) for got, oracle in zip(found, expected, strict=True))
 
-    return Contender(name, run, error, prepare, version=version)
+    limit = cases_loss.STOCK_LIMIT if name.startswith("torch") else None
+    return Contender(name, run, error, prepare, version=version, limit=limit)
 
 
 def contenders(

@@ -104,7 +104,7 @@ class Compiled:
 
     def __init__(self, params: list[Tensor]):
         self.optimizer = AdamW(params, lr=torch.tensor(1e-3))
-        self.state = self.optimizer.state
+        self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
         self.step = torch.compile(partial(clip_and_step, self.optimizer, params))
 
 

@@ -82,11 +82,11 @@ def _install_once(folder: Path) -> tuple[float, float]:
 def measure(
     args: argparse.Namespace, out: Path, keep: Callable[[list[dict[str, Any]]], None], tell: Callable[[str], None]
 ) -> None:
-    """Install once if quick, three times if not; hand the row to `keep`, after Ctrl-C too."""
+    """Install once if quick, twice if not; hand the row to `keep`, after Ctrl-C too."""
     times: list[float] = []
     error = 0.0
     try:
-        for i in range(1 if args.quick else 3):
+        for i in range(1 if args.quick else 2):
             tell(f"installation {i + 1}")
             with tempfile.TemporaryDirectory() as folder:
                 seconds, one_error = _install_once(Path(folder))

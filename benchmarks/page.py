@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from . import ddp_report, project_report, report, store
-from .registry import COMPARED, SINGLE, every_case
+from .registry import COMPARED, every_case
+from .report import TRAINED
 from .tables import Row, by_case, digits, fraction, markdown, provenance, ratio, speed, timed, where
 
 NAME = "report.md"
@@ -23,10 +24,10 @@ def text(folder: Path) -> str:
                       provenance(suite, rows)]  # fmt: skip
     for name in ("tensors.png", "vocabulary.png"):
         parts += _picture(folder, name)
-    for suite in SINGLE:
-        if block := report.suite_block(suite, folder):
-            parts += [f"## {suite}", block]
-    for title, block in (("ddp", ddp_report.block(folder, ".")), ("project", project_report.block(folder, "."))):
+    others = {suite: report.suite_block(suite, folder) for suite in ("host", "install")}
+    others |= {run: report.train_block(folder, ".", run) for run in TRAINED}
+    others |= {"ddp": ddp_report.block(folder, "."), "project": project_report.block(folder, ".")}
+    for title, block in others.items():
         if block:
             parts += [f"## {title}", block]
     if not parts:

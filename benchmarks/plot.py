@@ -80,6 +80,7 @@ def _bars(rows: list[Row], suite: str, path: Path) -> None:
 def _panel(ax: Any, title: str, contenders: dict[str, Row]) -> None:
     """Bars of one case. Far longer ones than ours are cut short: the rest of the picture is what one came for."""
     bars = {name: row for name, row in timed(contenders).items() if name not in CEILINGS}
+    bars = {name: bars[name] for name in sorted(bars, key=lambda name: not name.startswith("fusedopt"))}  # ours first
     ceilings = {name: row["median_ms"] for name, row in timed(contenders).items() if name in CEILINGS}
     ours = bars.get("fusedopt")
     longest = max(row["p80_ms"] for row in bars.values())
@@ -93,23 +94,19 @@ def _panel(ax: Any, title: str, contenders: dict[str, Row]) -> None:
             ax.barh(place, end, color=colour)
             ax.text(end * 0.985, place, "//", va="center", ha="right", color="white", fontweight="bold")
         else:
-            spread = [[time - row["p20_ms"]], [row["p80_ms"] - time]]
+            spread = [[time - row["p20_ms"]], [max(0.0, min(row["p80_ms"], end) - time)]]
             ax.barh(place, time, color=colour, xerr=spread, error_kw={"elinewidth": 1, "ecolor": "#333333"})
         text = f"{digits(time)} ms"
         if ours and name != "fusedopt":
             text += f" = {ratio(row, ours):.3g}x ours"
         ax.text(min(row["p80_ms"], end) + end * 0.012, place, text, va="center", fontsize=9)
-    for name, time in ceilings.items():
+    sides = ["right", "left"] if len(ceilings) == 2 else ["center"]  # of their lines: no label lies on another
+    for (name, time), side in zip(sorted(ceilings.items(), key=lambda item: item[1]), sides, strict=False):
         ax.axvline(time, color="#444444", linestyle="--", linewidth=1)
-        ax.text(
-            time,
-            -0.62,
-            f"{name} {digits(time)} ms",
-            fontsize=8,
-            ha="left" if time < 0.12 * end else "center",
-            va="bottom",
-            color="#444444",
-        )
+        side = "left" if side == "center" and time < 0.12 * end else side
+        shift = {"left": 3, "center": 0, "right": -3}[side]
+        ax.annotate(f"{name} {digits(time)} ms", (time, -0.62), (shift, 0), textcoords="offset points", fontsize=8,
+                    ha=side, va="bottom", color="#444444")  # fmt: skip
     labels = [name if row["verdict"] == "ok" else f"{name} (wrong)" for name, row in bars.items()]
     ax.set_yticks(range(len(bars)), labels, fontsize=9)
     ax.set_ylim(len(bars) - 0.45, -0.95)

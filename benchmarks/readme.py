@@ -12,10 +12,10 @@ from pathlib import Path
 
 from . import ddp_report, features, page, performance, project_report, report, store
 from .machine import ROOT
+from .report import TRAINED
 
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
-TRAINED = ("train", "train_fsdp")  # folders of runs of fusedopt.train
 NAMES = (*store.SUITES, *store.STUDIES, *TRAINED, *performance.BLOCKS, "plot", "features")
 OWN_BLOCKS = {"ddp": ddp_report.block, "project": project_report.block}  # suites that tell in a way of their own
 

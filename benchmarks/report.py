@@ -24,7 +24,8 @@ def terminal(suite: str, rows: list[Row]) -> Table:
     table = Table(title=f"{suite}: median, middle 60 %, and each contender's time over ours", title_justify="left")
     table.add_column("case / contender", no_wrap=True)
     for heading in ("ms", "p20", "p80", "speed", "of ceiling", "error, eps", "verdict", *(f"/ {n}" for n in ours)):
-        table.add_column(heading, justify="right", no_wrap=True)
+        words = {"max_width": 24, "overflow": "ellipsis"} if heading == "verdict" else {}  # an error may say much
+        table.add_column(heading, justify="right", no_wrap=True, **words)
     for name, contenders in grouped.items():
         table.add_section()
         table.add_row(f"[bold]{name}")
@@ -120,6 +121,7 @@ def plot_block(folder: Path, shown: str) -> str:
     return "\n".join(f"![{PLOTS[name]}]({shown}/{name})" for name in images)
 
 
+TRAINED = ("train", "train_fsdp")  # folders of runs of fusedopt.train
 PLOTS = {
     "optim.png": "Optimizer steps: time of every contender, and the ceiling",
     "step.png": "Whole steps: time of every contender, and the ceiling",

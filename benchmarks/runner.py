@@ -276,7 +276,7 @@ class _Session:
         low, median, high = (float(q) for q in np.quantile(self.times[name], (0.2, 0.5, 0.8)))
         ceiling = name if name in self.ceilings else contender.ceiling or self.ceilings[0]
         ceiling_seconds = float(np.median(self.times[ceiling]))
-        error, limit = self.errors[name], contender.limit or case.limit
+        error, limit = self.errors[name], max(contender.limit or 0.0, case.limit)
         row = {
             "case": case.name,
             "contender": name,

@@ -45,10 +45,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def merge(path: Path, rows: list[dict[str, Any]], order: list[str]) -> None:
-    """Put rows into a file: they replace those of the same cases; cases stand in `order`, the registry's."""
+    """Put rows into a file: they replace those of the same cases; cases stand in `order`, the registry's, if any.
+
+    Rows of cases that the registry has no longer are dropped: nothing would tell of them.
+    """
     new = {row["case"] for row in rows}
-    kept = [row for row in read(path) if row["case"] not in new]
     places = {name: place for place, name in enumerate(order)}
+    kept = [row for row in read(path) if row["case"] not in new and (row["case"] in places or not order)]
     every = sorted(kept + rows, key=lambda row: places.get(row["case"], len(places)))
     units = OWN_UNITS.get(path.stem, UNITS)
     header = {"suite": path.stem, "command": f"python -m benchmarks {path.stem}", "units": units}

@@ -113,6 +113,18 @@ def test_whole_step_contenders_agree_with_their_oracle():
 
 
 @pytest.mark.usefixtures("small_models")
+def test_compiled_contenders_are_right(monkeypatch):
+    """All of them but the compiling, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for module in (cases_optim, cases_step):
+        monkeypatch.setattr(module, "compiler_here", lambda: True)
+        case = next(case for case in module.cases() if case.name.endswith("adamw-gpt2-small-f32"))
+        compiled = next(one for one in case.build(False) if one.name == "torch compiled")
+        compiled.run()
+        assert compiled.error() <= max(compiled.limit, case.limit)
+
+
+@pytest.mark.usefixtures("small_models")
 @pytest.mark.parametrize("name", ["rmsprop", "adagrad", "sgd", "lion", "adam-", "adamw"])
 def test_every_registered_optimizer_agrees_with_its_oracle(name):
     cases = [case for case in cases_optim.cases() if case.name.startswith(name) and not case.sweep]
@@ -151,7 +163,10 @@ def test_one_that_raises_is_a_row_and_the_others_go_on():
     )
     assert rows["peer"]["verdict"] == "raised RuntimeError: no kernel" and rows["peer"]["median_ms"] is None
     assert rows["torch eager"]["verdict"] == "ok"
-    assert not command.failed(rows["peer"]) and command.failed(rows["peer"] | {"contender": "fusedopt"})
+    assert not command.failed(rows["peer"], "optim")
+    assert command.failed(rows["peer"] | {"contender": "fusedopt"}, "optim")
+    wrong = {"verdict": "wrong", "contender": "torch fused"}
+    assert not command.failed(wrong, "loss") and command.failed(wrong, "ddp")
     assert "raised" in next(iter(table_cells(report.terminal("optim", list(rows.values())))))
 
 
@@ -279,6 +294,8 @@ def test_new_rows_replace_those_of_their_case(tmp_path):
     store.merge(path, [{"case": "b", "contender": "x", "n": 1}, {"case": "a", "contender": "x", "n": 1}], ["a", "b"])
     store.merge(path, [{"case": "b", "contender": "y", "n": 2}], ["a", "b"])
     assert [(row["case"], row["contender"], row["n"]) for row in store.read(path)] == [("a", "x", 1), ("b", "y", 2)]
+    store.merge(path, [{"case": "c", "contender": "y", "n": 3}], ["b", "c"])  # "a" is no case any more
+    assert [row["case"] for row in store.read(path)] == ["b", "c"]
 
 
 def test_readme_check_finds_an_edited_number(results, tmp_path, capsys):
