@@ -37,6 +37,7 @@ KEYS = {
     *("date", "quick"),
 }
 CASE = "2000x64"
+STOCK_IS_WRONG = {"sgd-momentum-gpt2-small-bf16": {"torch fused"}}  # it rounds to bfloat16 in between
 README = """# A page
 <!-- benchmarks:optim -->
 <!-- /benchmarks:optim -->
@@ -130,7 +131,8 @@ def test_every_registered_optimizer_agrees_with_its_oracle(name):
     cases = [case for case in cases_optim.cases() if case.name.startswith(name) and not case.sweep]
     assert cases
     for case in cases:
-        assert {row["verdict"] for row in measured(case).values()} == {"ok"}, case.name
+        wrong = {contender for contender, row in measured(case).items() if row["verdict"] != "ok"}
+        assert wrong <= STOCK_IS_WRONG.get(case.name, set()), case.name
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
