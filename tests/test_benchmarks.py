@@ -37,7 +37,7 @@ KEYS = {
     *("date", "quick"),
 }
 CASE = "2000x64"
-STOCK_IS_WRONG = {"sgd-momentum-gpt2-small-bf16": {"torch fused"}}  # it rounds to bfloat16 in between
+STOCK_IS_WRONG = {"sgd-momentum-gpt2-small-bf16": {"torch fused"}}  # its momentum buffer is another
 README = """# A page
 <!-- benchmarks:optim -->
 <!-- /benchmarks:optim -->
