@@ -145,6 +145,7 @@ def case(n: int, h: int, v: int, dtype_name: str) -> Case:
         ),
         dtype_name,
         flops=6.0 * n * h * v,
+        quick=dtype_name == "bf16",
         absent=lambda: peers.absent(PEERS, "cpu"),
         allowed_bytes=(n + v) * h * dtype.itemsize + wide + chunks.CHUNK_BYTES["cpu"],
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -49,6 +50,8 @@ class Run:
         on_cpu = self.args.device == "cpu"
         if suite in registry.STUDIES:
             self.study(suite)
+        elif suite == "install" and self.args.quick and self.args.command == "all":
+            self.left_out.append("install: minutes, which --quick does not have; python -m benchmarks install")
         elif suite in registry.SINGLE:
             if (on_cpu or suite not in OF_CPU) and self.args.cases in suite and self.wants(suite, suite):
                 with self.progress() as progress:
@@ -101,17 +104,21 @@ class Run:
         return self.args.peers is None or any(word in name for word in self.args.peers)
 
     def compared(self, suite: str) -> None:
-        cases = self.cases(suite)
-        with self.progress() as progress:
-            task = progress.add_task(suite, total=len(cases))
-            for case in cases:
-                self.in_time()
-                try:
-                    teller = _teller(progress, task, case.name)
-                    runner.measure(case, self.args.quick, self.keep(suite), teller, self.among)
-                except runner.TooLarge as error:
-                    self.left_out.append(str(error))
-                progress.advance(task)
+        cases, had_group = self.cases(suite), dist.is_initialized()
+        try:
+            with self.progress() as progress:
+                task = progress.add_task(suite, total=len(cases))
+                for case in cases:
+                    self.in_time()
+                    try:
+                        teller = _teller(progress, task, case.name)
+                        runner.measure(case, self.args.quick, self.keep(suite), teller, self.among)
+                    except runner.TooLarge as error:
+                        self.left_out.append(str(error))
+                    progress.advance(task)
+        finally:
+            if dist.is_initialized() and not had_group:
+                dist.destroy_process_group()  # of the shared cases; the next suite makes its own
 
     def study(self, suite: str) -> None:
         """The cases of a study that were asked for; without --cases, all that no earlier run has kept."""

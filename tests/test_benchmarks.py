@@ -367,6 +367,15 @@ def test_out_of_time_leaves_the_rest_for_another_call(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_suite_leaves_no_process_group(tmp_path, capsys):
+    """Of its shared cases: the suite after it makes its own."""
+    had = torch.distributed.is_initialized()
+    ask = ["optim", "--quick", "--cases", "300-dtensors", "--peers", "none", "--out", str(tmp_path)]
+    assert command.main(ask) == 0
+    assert torch.distributed.is_initialized() == had
+    assert {row["contender"] for row in store.read(tmp_path / "optim.jsonl")} == {"fusedopt", "stream"}
+
+
 def test_cases_of_one_dtype():
     args = command.parser().parse_args(["optim", "--dtype", "bf16"])
     found = run.Run(args, args).cases("optim")
