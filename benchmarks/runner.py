@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,6 +156,9 @@ def measure(
     Raises:
         TooLarge: before anything is built.
     """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what it compiled for the case before holds that one's tensors
+    gc.collect()
     free = machine.free_memory(case.device)
     if case.memory > free:
         raise TooLarge(f"{case.name}: takes about {case.memory / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
