@@ -116,9 +116,10 @@ int thread_index() {
 #endif
 }
 
-// The norm of each row's parameter over that of its direction; 1 where either is 0.
-std::vector<double> trust_ratios(const Launch& launch, const std::vector<Span>& spans, CpuEngine::NormsKernel kernel,
-                                 int threads) {
+// The norm of each row's parameter over that of its direction; 1 where either is 0. Cut without regard to the number of
+// threads, and summed in order: the same bits whatever that number.
+std::vector<double> trust_ratios(const Launch& launch, CpuEngine::NormsKernel kernel, int threads) {
+  const std::vector<Span> spans = cut(launch, kSpan);
   std::vector<size_t> at{0};
   for (const Span& span : spans) at.push_back(at.back() + 2 * size_t(span.last_row - span.first_row + 1));
   std::vector<double> sums(at.back(), 0.0), rows(2 * size_t(launch.n_rows), 0.0);
@@ -196,7 +197,7 @@ bool cpu_step(const Launch& launch) {
   Launch adapted = launch;
   std::vector<double> ratios;
   if (const CpuEngine::NormsKernel norms = engine()->norms_kernel(launch)) {
-    ratios = trust_ratios(launch, spans, norms, threads);
+    ratios = trust_ratios(launch, norms, threads);
     adapted.ratios = ratios.data();
   }
   parallel_for(threads, int64_t(spans.size()), [&](int64_t i) { kernel(adapted, spans[i]); });
