@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedopt.backends import cpu
 from fusedopt.nn import chunks
 from fusedopt.nn.functional import linear_cross_entropy
 
 from . import peers
+from .cases_loss import forgetting
 from .runner import Case, Contender, Target, relative_error
 from .shapes import LINEAR
 
@@ -77,11 +77,7 @@ def contender(
         found = (value, x.grad[some(len(x))], weight.grad[some(len(weight))])
         return max(relative_error(got, want, x.dtype) for got, want in zip(found, expected, strict=True))
 
-    def release() -> None:
-        prepare()
-        cpu.scratch.storage = None  # of an earlier run: it must count among what a run takes
-
-    return Contender(name, run, error, prepare, release, version=peers.version(name) if peer else None)
+    return Contender(name, run, error, prepare, forgetting(prepare), version=peers.version(name) if peer else None)
 
 
 def three_products(x: Tensor, weight: Tensor) -> Contender:

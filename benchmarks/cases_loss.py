@@ -44,6 +44,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 INPLACE = "fusedopt inplace"
 
 
+def forgetting(prepare: Callable[[], None]) -> Callable[[], None]:
+    """The same, and no buffer is kept from an earlier run: it must count among what a run takes."""
+
+    def release() -> None:
+        prepare()
+        cpu.scratch.storage = None
+
+    return release
+
+
 def contender(name: str, loss: Loss, master: Tensor, target: Tensor, expected: tuple[Tensor, Tensor]) -> Contender:
     """A loss on its own copy of the logits, which some destroy: refilled before each run."""
     logits = master.clone().requires_grad_()  # (N, V), a leaf
@@ -70,13 +80,9 @@ def contender(name: str, loss: Loss, master: Tensor, target: Tensor, expected: t
         )
         return max(loss_error, grad_error)
 
-    def release() -> None:
-        prepare()
-        cpu.scratch.storage = None  # kept from an earlier run: it must count among what a run takes
-
     ceiling = ceilings.STREAM if name == INPLACE else ceilings.COPY
     limit = STOCK_LIMIT if name.startswith("torch") else None
-    return Contender(name, run, error, prepare, release, ceiling, limit=limit)
+    return Contender(name, run, error, prepare, forgetting(prepare), ceiling, limit=limit)
 
 
 def checked(rows: int) -> Tensor:

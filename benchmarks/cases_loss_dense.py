@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedopt.backends import cpu
 from fusedopt.nn.functional import cross_entropy, mse_loss
 
 from . import ceilings
-from .cases_loss import ALLOCATOR_TITLES, ALLOCATORS
+from .cases_loss import ALLOCATOR_TITLES, ALLOCATORS, forgetting
 from .runner import Case, Contender, Target, compiler_here, relative_error
 from .shapes import DENSE_ELEMENTS, IMAGES
 
@@ -46,11 +45,7 @@ def contender(
         found = (value, checked(leaf.grad))
         return max(relative_error(got, oracle, input.dtype) for got, oracle in zip(found, expected, strict=True))
 
-    def release() -> None:
-        prepare()
-        cpu.scratch.storage = None
-
-    return Contender(name, run, error, prepare, release)
+    return Contender(name, run, error, prepare, forgetting(prepare))
 
 
 def contenders(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from . import ddp_report, project_report, report, store
-from .registry import COMPARED, every_case
+from .registry import COMPARED, titles
 from .report import TRAINED
 from .tables import Row, by_case, digits, fraction, markdown, provenance, ratio, speed, timed, where
 
@@ -17,9 +17,10 @@ HEADER = ["case", "contender", "version", "median", "p20", "p80", "speed", "of c
 
 def text(folder: Path) -> str:
     """The page; "" where nothing was measured."""
-    parts = []
+    parts, first = [], None
     for suite in COMPARED:
         if rows := store.read(folder / f"{suite}.jsonl"):
+            first = first or rows[0]
             parts += [f"## {suite}", _about(rows), _table(rows), *_picture(folder, f"{suite}.png"),
                       provenance(suite, rows)]  # fmt: skip
     for name in ("tensors.png", "vocabulary.png"):
@@ -32,8 +33,6 @@ def text(folder: Path) -> str:
             parts += [f"## {title}", block]
     if not parts:
         return ""
-    files = [path for suite in COMPARED if (path := folder / f"{suite}.jsonl").exists()]
-    first = store.read(files[0])[0] if files else None
     title = f"# {where(first)}" if first else f"# {folder.name}"
     head = (
         "Generated from the rows beside it by `python -m benchmarks readme`. Contenders of a case take turns in one "
@@ -60,12 +59,12 @@ def _picture(folder: Path, name: str) -> list[str]:
 
 
 def _table(rows: list[Row]) -> str:
-    titles = {name: case.title for name, case in every_case().items()}
+    titled = titles()
     lines = []
     for name, contenders in by_case(rows).items():
         ours = timed(contenders).get("fusedopt")
         for row in contenders.values():
-            title = titles.get(name, name)
+            title = titled.get(name, name)
             if row["median_ms"] is None:
                 lines.append([title, row["contender"], row.get("version", ""), *[""] * 8, row["verdict"]])
                 continue

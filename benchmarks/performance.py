@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import store
 from .registry import COMPARED, registry
-from .tables import CEILINGS, OURS, by_case, digits, fraction, markdown, provenance, ratio, speed, timed
+from .tables import OURS, by_case, digits, fastest_other, fraction, markdown, provenance, ratio, speed, timed
 
 HEADER = ["kernel and case", "floor", "time", "speed", "of the ceiling", "beyond inputs", "next", "its time over ours"]
 
@@ -19,8 +19,7 @@ def fractions(suite: str, folder: Path) -> str:
     grouped, lines = by_case(rows), []
     for case in registry(suite):
         present = timed(grouped.get(case.name, {}))
-        others = {name: row for name, row in present.items() if name not in (*OURS, *CEILINGS)}
-        fastest = min(others.values(), key=lambda row: row["median_ms"], default=None)
+        fastest = fastest_other(present)
         for name in filter(present.get, OURS):
             row = present[name]
             title = case.title if name == "fusedopt" else f"{case.title}, {name.removeprefix('fusedopt ')}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import store
-from .registry import COMPARED, every_case
+from .registry import COMPARED, titles
 from .tables import CEILINGS, Row, by_case, digits, ratio, timed, where
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -56,7 +56,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 def _bars(rows: list[Row], suite: str, path: Path) -> None:
     grouped = by_case(rows)
-    titles = {name: case.title for name, case in every_case().items()}
+    titled = titles()
     columns = 2
     lines = -(-len(grouped) // columns)
     bars = [max(len(c) for c in list(grouped.values())[i : i + columns]) for i in range(0, len(grouped), columns)]
@@ -67,7 +67,7 @@ def _bars(rows: list[Row], suite: str, path: Path) -> None:
     for ax in axes[len(grouped) :]:
         ax.set_axis_off()
     for ax, (name, contenders) in zip(axes, grouped.items(), strict=False):
-        _panel(ax, titles.get(name, name), contenders)
+        _panel(ax, titled.get(name, name), contenders)
     first = rows[0]
     fig.suptitle(
         f"{suite}: median time in ms and the middle 60 %, less is better; dashed: what the machine itself gave in the "

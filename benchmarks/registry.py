@@ -39,6 +39,6 @@ def registry(suite: str, device: str | None = None) -> list[Case]:
     return [case for case in found if device in (None, case.device)]
 
 
-def every_case() -> dict[str, Case]:
-    """By name."""
-    return {case.name: case for suite in COMPARED for case in registry(suite)}
+def titles() -> dict[str, str]:
+    """Of every case that takes turns, by its name."""
+    return {case.name: case.title for suite in COMPARED for case in registry(suite)}

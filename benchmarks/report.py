@@ -14,7 +14,21 @@ from fusedopt.train.report import LABELS
 from . import store
 from .registry import COMPARED, SINGLE, STUDIES, registry
 from .runner import Case
-from .tables import CEILINGS, OURS, Row, by_case, digits, fraction, markdown, named, provenance, ratio, speed, timed
+from .tables import (
+    CEILINGS,
+    OURS,
+    Row,
+    by_case,
+    digits,
+    fastest_other,
+    fraction,
+    markdown,
+    named,
+    provenance,
+    ratio,
+    speed,
+    timed,
+)
 
 
 def terminal(suite: str, rows: list[Row]) -> Table:
@@ -58,11 +72,10 @@ def comparisons(case: Case, contenders: dict[str, Row]) -> Iterator[list[str]]:
     required = {(t.figure, t.against, t.ours): t.ratio for t in case.targets}
     for figure in ("median_ms", "host_ms"):
         for ours in filter(present.get, OURS):
-            others = [name for name in present if name not in (*OURS, *CEILINGS) and figure in present[name]]
-            fastest = min(others, key=lambda name: present[name][figure], default=None)
+            fastest = fastest_other(present, figure)
             for against in present:
                 wanted = required.get((figure, against, ours))
-                if against in OURS or (wanted is None and (figure == "host_ms" or against != fastest)):
+                if against in OURS or (wanted is None and (figure == "host_ms" or present[against] is not fastest)):
                     continue
                 other, mine = present[against], present[ours]
                 got = ratio(other, mine, figure)

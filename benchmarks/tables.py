@@ -25,6 +25,12 @@ def timed(contenders: dict[str, Row]) -> dict[str, Row]:
     return {name: row for name, row in contenders.items() if row["median_ms"] is not None}
 
 
+def fastest_other(contenders: dict[str, Row], figure: str = "median_ms") -> Row | None:
+    """Of those that are neither ours nor a ceiling, and have the figure."""
+    others = [row for name, row in contenders.items() if name not in (*OURS, *CEILINGS) and figure in row]
+    return min(others, key=lambda row: row[figure], default=None)
+
+
 def digits(value: float) -> str:
     """Three significant digits, and all that stand before the point."""
     return f"{value:#.3g}".rstrip(".") if value < 100 else f"{value:.0f}"
